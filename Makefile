@@ -1,0 +1,42 @@
+# Two commands on a bare Debian 12 with git, make and python3-venv: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PYTEST_ARGS ?=
+
+.PHONY: demo test lint bench test-matrix lock wheel clean
+
+demo: $(VENV)/.installed
+	$(BIN)/indexer demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/unit tests/integration tests/simulation tests/acceptance $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m tests.bench $(BENCH_ARGS)
+
+# Python 3.11, 3.12, 3.13 against PostgreSQL 15 to 18: interpreters that are missing are named, not silently skipped.
+test-matrix:
+	$(PYTHON) tests/matrix.py
+
+lock:  ## re-resolve the hashed requirements (needs uv)
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate -q --extra demo pyproject.toml -o requirements/run.txt
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate -q --extra demo --group dev pyproject.toml -o requirements/dev.txt
+
+wheel: $(VENV)/.installed
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation -w dist .
+
+$(VENV)/.installed: pyproject.toml requirements/dev.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist build .state .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,225 @@
+"""The head of one chain and its reorganisations: heads → link → reorganised? → fetch → check → commit.
+
+Promises that what is stored as canonical is one chain down to finalized, that each commit leaves facts and cursor in step,
+and that a node which merely lags undoes nothing. It decides nothing about operations; history below finalized is filled by
+`backfill.py`, behind the head.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+
+import structlog
+
+from indexer.chain import linkage
+from indexer.chain.decode import Decoder
+from indexer.chain.feed import HeadFeed, Heads
+from indexer.chain.integrity import Count, Lie, verify_header
+from indexer.chain.linkage import FinalityViolation, Reorganised, Unsettled
+from indexer.chain.logs import headers_of
+from indexer.chain.position import Mode, Position
+from indexer.chain.rpc import Rpc
+from indexer.chain.rpc_errors import BeyondHead, RangeTooLarge, RpcError, TooManyAddresses, TooManyResults
+from indexer.chain.schedule import BASE, check_chain_id
+from indexer.chain.steps import Gatherer
+from indexer.chain.wire import RawHeader
+from indexer.config import Chain
+from indexer.model.types import BlockRef, Hash32, Header, Schedule
+from indexer.store.leases import Lease
+from indexer.store.wakeups import Wakeups
+from indexer.telemetry import Metrics
+
+log = structlog.get_logger(__name__)
+
+GROUP = 25  # heads of one commit: five seconds of Base
+FILL = 100  # headers asked for at once to close a gap
+RANGE = 2_000  # blocks of one polling batch: what Base's own endpoint takes
+FAR = 500  # blocks behind: from here on ranges are cheaper than headers
+PATIENCE = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds before asking again, by how often it failed
+
+
+async def follow(
+    chain: Chain,
+    rpc: Rpc,
+    heads: Heads | None,
+    lease: Lease,
+    wakeups: Wakeups,
+    decoder: Decoder,
+    *,
+    metrics: Metrics | None = None,
+    count: Count | None = None,
+    schedules: Mapping[tuple[int, Hash32], Schedule] = BASE,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Follows until cancelled. `heads` opens a subscription; None polls. `clock` gives monotonic seconds.
+
+    Raises LeaseLost, WrongChain and ScheduleMismatch (not to be retried), FinalityViolation (after latching it), RpcError
+    where the chain can't be identified at start. Everything transient is waited out.
+    """
+    position = await Position.open(
+        chain, rpc, lease, decoder, wakeups, metrics=metrics, count=count, schedules=schedules
+    )
+    follower = _Follower(chain, rpc, position, count)
+    feed = HeadFeed(chain.name, heads)
+    failures, tags_due = 0, clock()
+    async with feed.running():
+        while True:
+            try:
+                if failures:
+                    await asyncio.sleep(PATIENCE[min(failures, len(PATIENCE)) - 1])
+                    await check_chain_id(rpc, chain.name, chain.chain_id)
+                if clock() >= tags_due:
+                    await position.look_at_tags()
+                    tags_due = clock() + chain.tags_seconds
+                wait = 0.0 if follower.behind else min(chain.poll_seconds, max(0.0, tags_due - clock()))
+                follower.announced(await feed.next(GROUP, wait))
+                if feed.live:
+                    await follower.advance()
+                else:
+                    await follower.poll()
+                failures = 0
+            except Reorganised as reorganised:
+                await position.rewind(reorganised.ancestor)
+            except FinalityViolation as violation:
+                await position.latch(violation)
+                raise
+            except (Unsettled, Lie, RpcError) as trouble:
+                failures += 1
+                log.log(
+                    logging.WARNING if failures in (3, 10, 100) else logging.DEBUG,
+                    "asking again",
+                    chain=chain.name,
+                    reason=str(trouble),
+                )
+
+
+class _Follower:
+    """From announced heads, or from polling, to commits."""
+
+    def __init__(self, chain: Chain, rpc: Rpc, position: Position, count: Count | None) -> None:
+        self._chain, self._rpc, self._position, self._count = chain, rpc, position, count
+        self._gatherer: Gatherer = position.gatherer
+        self._heads: deque[Header] = deque(maxlen=512)
+        self._latest: int | None = None  # the node's height at the last poll
+
+    @property
+    def behind(self) -> bool:
+        """Whether there is work that waits for nothing."""
+        return bool(self._heads) or self._latest is None or self._latest - self._position.cursor.number > FAR
+
+    # --------------------------------------------------------------------- every header
+
+    def announced(self, raws: list[RawHeader]) -> None:
+        """Takes in heads of the socket; a header that is not what it says is counted and dropped (the gap is filled)."""
+        for raw in raws:
+            try:
+                self._heads.append(verify_header(raw, self._position.schedule, count=self._count))
+            except Lie as lie:
+                log.warning("dropped an announced head", chain=self._chain.name, reason=str(lie))
+
+    async def advance(self, mode: Mode = "socket") -> None:
+        """Commits what was announced, in groups. Raises Reorganised, with the heads still waiting."""
+        while self._heads:
+            self._latest = max(head.number for head in self._heads)
+            if self._latest - self._position.cursor.number > FAR:
+                await self.catch_up(self._latest - GROUP)
+            if linked := await self._linked():
+                await self._position.commit(await self._gatherer.by_headers(linked), mode)
+
+    async def _linked(self) -> list[Header]:
+        """The next headers that follow the cursor: the waiting ones, or those of a gap before them. Empty: a head was old."""
+        cursor, head = self._position.cursor, self._heads[0]
+        if head.number <= cursor.number:
+            ours = await self._position.held(head.number) if head.number > self._position.floor.number else None
+            if ours is not None and ours.hash != head.hash:
+                raise Reorganised(await linkage.ancestor_of(head, self._position.as_held(), self._rpc))
+            self._heads.popleft()  # repeated, or a node that lags: it undoes nothing
+            return []
+        if head.number > cursor.number + 1:
+            return await self._gap(cursor, min(head.number - 1, cursor.number + FILL))
+        linked: list[Header] = []
+        at = cursor
+        while self._heads and len(linked) < GROUP and self._heads[0].parent_hash == at.hash:
+            linked.append(self._heads.popleft())
+            at = linked[-1].ref
+        if not linked:
+            raise Reorganised(await linkage.ancestor_of(head, self._position.as_held(), self._rpc))
+        return linked
+
+    async def _gap(self, cursor: BlockRef, high: int) -> list[Header]:
+        """Headers of cursor+1 … high, linked to each other. Raises Reorganised when they do not follow the cursor."""
+        headers = await headers_of(self._rpc, range(cursor.number + 1, high + 1), self._position.schedule, self._count)
+        for parent, child in itertools.pairwise(headers):
+            if child.parent_hash != parent.hash:
+                raise Unsettled(f"{self._rpc.name}: block {child.number} does not follow block {parent.number}")
+        if headers[0].parent_hash != cursor.hash:
+            raise Reorganised(await linkage.ancestor_of(headers[0], self._position.as_held(), self._rpc))
+        return headers
+
+    # --------------------------------------------------------------------- ranges
+
+    async def poll(self) -> None:
+        """One look at the head without a socket: the range since the cursor, or every header of it."""
+        if self._chain.follow == "every-header" and not self._far():
+            raw = await self._rpc.header("latest")
+            if raw is None:
+                raise Unsettled(f"{self._rpc.name} knows no latest block")
+            self._heads.append(verify_header(raw, self._position.schedule, count=self._count))
+            await self.advance("polling")
+            return
+        self._heads.clear()  # of a socket that is silent now
+        await self._range()
+
+    async def catch_up(self, to: int) -> None:
+        """Up to `to` by ranges."""
+        while self._position.cursor.number < to:
+            before = self._position.cursor.number
+            await self._range(to)
+            if self._position.cursor.number == before:
+                raise Unsettled(f"{self._rpc.name} announced blocks up to {to} and serves none above {before}")
+
+    def _far(self) -> bool:
+        return self._latest is None or self._latest - self._position.cursor.number > FAR
+
+    async def _range(self, to: int | None = None) -> None:
+        cursor = self._position.cursor
+        known = cursor.number if self._latest is None else self._latest
+        span = min(RANGE, self._rpc.limits.max_span or RANGE)
+        high = max(cursor.number, min(known if to is None else to, cursor.number + span))
+        wanted = sorted(self._gatherer.filter)
+        try:
+            poll = await self._rpc.poll(cursor.number, high, wanted)
+            raws = poll.logs
+        except (RangeTooLarge, TooManyResults, TooManyAddresses):
+            poll = await self._rpc.poll(cursor.number, high, [])
+            raws = await self._rpc.logs_adaptive(wanted, cursor.number + 1, high)
+        except BeyondHead:
+            return  # another backend than the one that told its height
+        latest = verify_header(poll.latest, self._position.schedule, count=self._count)
+        self._latest = latest.number
+        if poll.cursor is None or latest.number < cursor.number:
+            await self._lagging(latest)
+            return
+        if verify_header(poll.cursor, self._position.schedule, cursor.number, count=self._count).hash != cursor.hash:
+            raise Reorganised(await linkage.ancestor_below(cursor.number, self._position.as_held(), self._rpc))
+        if poll.end is None or high == cursor.number:
+            await self._position.keep_mode("polling")
+            return
+        end = verify_header(poll.end, self._position.schedule, high, count=self._count)
+        await self._position.commit(await self._gatherer.by_range(cursor, end, raws), "polling")
+
+    async def _lagging(self, latest: Header) -> None:
+        """The node's head is below our cursor: it lags, unless a block that we both should hold is not the same."""
+        ours = await self._position.held_at_or_below(latest.number)
+        if latest.number <= self._position.floor.number or ours is None:
+            return
+        theirs = latest if ours.number == latest.number else None
+        if theirs is None:
+            theirs = (await headers_of(self._rpc, [ours.number], self._position.schedule, self._count))[0]
+        if theirs.hash != ours.hash:
+            raise Reorganised(await linkage.ancestor_below(ours.number, self._position.as_held(), self._rpc))

@@ -1,0 +1,74 @@
+"""From a node's raw answers to logs that may be decoded: parsed, checked, and with a time for each block.
+
+Promises that every log is well-formed, belongs to what was asked for, and comes once, in chain order; a Lie otherwise.
+Where the logs come from is the caller's; that nothing was left out is the gate's and the second look's to find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from indexer.chain.integrity import Count, Lie, verify_header, verify_logs
+from indexer.chain.linkage import Unsettled
+from indexer.chain.rpc import Rpc
+from indexer.chain.wire import BadLog, Log, RawLog, parse_log, quantity
+from indexer.model.types import Header, Schedule
+
+
+def timed(raws: Sequence[RawLog], schedule: Schedule | None, headers: Mapping[int, Header]) -> list[Log]:
+    """Parses logs; their time from the schedule, else a header of the block, else the log's own seconds.
+
+    Raises Lie for a malformed log; KeyError for a block that has no time (see `untimed`).
+    """
+    logs = []
+    try:
+        for raw in raws:
+            number = quantity(raw.block_number or "")
+            if schedule is not None:
+                time_ms = schedule.time_ms(number)
+            elif (header := headers.get(number)) is not None:
+                time_ms = header.time_ms
+            elif raw.block_timestamp is not None:
+                time_ms = 1000 * quantity(raw.block_timestamp)
+            else:
+                raise KeyError(number)
+            logs.append(parse_log(raw, time_ms))
+    except BadLog as error:
+        raise Lie("logs_parse", str(error)) from None
+    except ValueError as error:
+        raise Lie("logs_parse", f"block number or time: {error}") from None
+    return logs
+
+
+def untimed(raws: Sequence[RawLog], schedule: Schedule | None) -> list[int]:
+    """Blocks whose headers must be asked for, since neither a schedule nor the logs say their time."""
+    if schedule is not None:
+        return []
+    return sorted({quantity(raw.block_number or "") for raw in raws if raw.block_timestamp is None})
+
+
+async def headers_of(
+    rpc: Rpc, numbers: Sequence[int], schedule: Schedule | None, count: Count | None = None
+) -> list[Header]:
+    """Verified headers at these heights, in order. Raises Unsettled where the node has none, Lie."""
+    answers = await rpc.headers(numbers)
+    headers = []
+    for raw, number in zip(answers, numbers, strict=True):
+        if raw is None:
+            raise Unsettled(f"{rpc.name} does not know block {number}")
+        headers.append(verify_header(raw, schedule, number, count=count))
+    return headers
+
+
+def checked(
+    logs: Sequence[Log],
+    low: int,
+    high: int,
+    addresses: Collection[bytes],
+    held: Mapping[int, Header],
+    count: Count | None,
+) -> list[Log]:
+    """The logs of an answer in chain order, each once, bound to the headers in `held`. Raises Lie."""
+    return verify_logs(
+        logs, from_block=low, to_block=high, addresses=frozenset(addresses), held=dict(held), count=count
+    )

@@ -1,0 +1,363 @@
+"""One endpoint of an EVM chain over JSON-RPC: what the follower and the backfill ask of a node, and nothing else.
+
+Promises answers of the right shape to the request that was sent, and a named error for whatever went wrong; paces itself,
+bounds its concurrency and the size of a body, and never shows the URL. It does not believe: what logs, receipts and headers
+say is checked by `integrity`, and disagreement between endpoints is for whoever holds several. It never retries a refusal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from random import Random
+from types import TracebackType
+from typing import Any, Final, Literal, Self, TypeVar
+
+import msgspec
+
+from indexer.chain.rpc_errors import (
+    Asked,
+    BadAnswer,
+    BatchTooLarge,
+    BeyondHead,
+    Kind,
+    MethodMissing,
+    Refused,
+    RpcError,
+    UnknownBlock,
+    Unreachable,
+)
+from indexer.chain.spans import Learned, LogRange, SpanLimits
+from indexer.chain.transport import Call, Observe, Transport
+from indexer.chain.wire import RawHeader, RawLog, RawReceipt
+from indexer.model.types import BadValue, Hash32, hash32, hex0x
+
+T = TypeVar("T")
+Tag = Literal["latest", "safe", "finalized"]
+Topics = Sequence[Sequence[bytes] | bytes | None]
+
+BATCH: Final = 100  # items of one batch; proxyd's own default limit
+ADDRESSES: Final = 100  # of one eth_getLogs
+_ABREAST: Final = 8  # calls of a batch that had to be sent apart
+# not about the call, but about the endpoint
+_FOR_ALL: Final = frozenset(
+    {Kind.DENIED, Kind.REDIRECT, Kind.UNREACHABLE, Kind.NOT_JSON, Kind.TIMEOUT, Kind.RATE_LIMIT}
+)
+
+
+class Poll(msgspec.Struct, frozen=True):
+    """What one polling batch brought. Without `end` the node does not hold the range yet, and `logs` is empty."""
+
+    latest: RawHeader
+    cursor: RawHeader | None
+    end: RawHeader | None
+    logs: list[RawLog]
+
+
+class Rpc:
+    """One endpoint. `url` may hold a key and is never shown; `name` is what is shown instead (default: its host).
+
+    `requests_per_second` paces (each item of a batch counts), `timeout` is in seconds and covers one request from the first
+    byte sent to the last byte read, `max_body` in bytes after decompression. `observe(endpoint, method, outcome, seconds)`
+    hears of every request. Every method raises RpcError subclasses and nothing else.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        name: str | None = None,
+        requests_per_second: float | None = None,
+        timeout: float = 10.0,
+        max_body: int = 64 * 2**20,
+        concurrency: int = 8,
+        rng: Random | None = None,
+        observe: Observe | None = None,
+    ) -> None:
+        self._transport = Transport(
+            url,
+            name=name,
+            requests_per_second=requests_per_second,
+            timeout=timeout,
+            max_body=max_body,
+            concurrency=concurrency,
+            rng=rng or Random(),  # noqa: S311 - jitter, not a secret
+            observe=observe,
+        )
+        self.name = self._transport.name
+        self.limits = SpanLimits(max_addresses=ADDRESSES, max_batch=BATCH)
+
+    def __repr__(self) -> str:
+        return f"<Rpc {self.name}>"
+
+    async def __aenter__(self) -> Self:
+        await self._transport.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._transport.close()
+
+    @property
+    def learned(self) -> Learned:
+        """The limits found so far, to be kept over a restart; assign what was kept."""
+        return self.limits.learned
+
+    @learned.setter
+    def learned(self, kept: Learned) -> None:
+        self.limits.learned = kept
+
+    # ── single questions ──────────────────────────────────────────────────────────────────────────────────────────
+
+    async def chain_id(self) -> int:
+        call: Call[str] = Call("eth_chainId", [], str)
+        text = await self._one(call)
+        return _quantity(text, self._misfit(call, "a chain id"))
+
+    async def genesis_hash(self) -> Hash32:
+        call = _header_call(0)
+        header = await self._header(call, 0)
+        if header is None:
+            raise self._misfit(call, "block 0")("null")
+        return hash32(header.hash)
+
+    async def header(self, at: int | Hash32 | Tag) -> RawHeader | None:
+        """The header at a height, of a hash, or of a tag; None where the node says that it holds no such block.
+
+        The five ways in which nodes say so of `safe` and `finalized` (null, -32000, -32001, -39001, and -32602 of those
+        that never heard of the tag) are one answer here.
+        """
+        return await self._header(_header_call(at), at)
+
+    async def headers(self, numbers: Sequence[int]) -> list[RawHeader | None]:
+        """Headers of several heights, in their order, a batch at a time."""
+        found: list[RawHeader | None] = []
+        start = 0
+        while start < len(numbers):
+            part = numbers[start : start + self.limits.max_batch]
+            calls = [_header_call(number) for number in part]
+            for number, call, answer in zip(part, calls, await self._batch(calls), strict=True):
+                found.append(self._checked_header(call, number, answer))
+            start += len(part)
+        return found
+
+    async def logs(
+        self, addresses: Sequence[bytes], from_block: int, to_block: int, topics: Topics | None = None
+    ) -> list[RawLog]:
+        """Logs of these emitters in a range (inclusive, both given as heights), in one request as it stands."""
+        return await self._one(_logs_call(addresses, from_block, to_block, topics))
+
+    async def logs_of(
+        self, block_hash: Hash32, addresses: Sequence[bytes], topics: Topics | None = None
+    ) -> list[RawLog]:
+        """Logs of these emitters in one block, by its hash: UnknownBlock where the node does not hold it."""
+        found: list[RawLog] = []
+        for part in _chunks(addresses, self.limits.max_addresses):
+            query = {"blockHash": hex0x(block_hash)} | _filter(part, topics)
+            summary = f"block {_short(block_hash)}, {_emitters(part)}"
+            call: Call[list[RawLog]] = Call("eth_getLogs", [query], list[RawLog], summary, "by hash")
+            logs = await self._one(call)
+            found += logs
+        return found
+
+    async def receipts(self, block_hash: Hash32) -> list[RawReceipt] | None:
+        """All receipts of a block, by its hash; None where the node does not hold it. MethodMissing is common."""
+        call: Call[list[RawReceipt] | None] = Call(
+            "eth_getBlockReceipts", [hex0x(block_hash)], list[RawReceipt] | None, f"block {_short(block_hash)}"
+        )
+        try:
+            return await self._one(call)
+        except UnknownBlock:
+            return None
+
+    async def has_code(self, address: bytes, at: int | Literal["latest"]) -> bool:
+        """Whether a contract stands at the address in that block. PrunedHistory where the state is gone."""
+        where = at if isinstance(at, str) else hex(at)
+        call: Call[str] = Call("eth_getCode", [hex0x(address), where], str, f"{hex0x(address)} at {at}")
+        code = await self._one(call)
+        if not code.startswith("0x"):
+            raise self._misfit(call, "code")(code)
+        return len(code) > 2
+
+    # ── several at once ───────────────────────────────────────────────────────────────────────────────────────────
+
+    async def poll(self, cursor: int, to: int, addresses: Sequence[bytes]) -> Poll:
+        """The head, the headers of `cursor` and `to`, and the logs of cursor+1 … to, in one batch where the node can.
+
+        With `to` at the cursor, or without addresses, no logs are asked for. A gateway may answer the items from
+        different backends: an end that is null takes the logs with it.
+        """
+        heads: list[int | Hash32 | Tag] = ["latest", cursor, to]
+        calls: list[Call[Any]] = [_header_call(at) for at in heads]
+        if to > cursor and addresses:
+            calls.append(_logs_call(addresses, cursor + 1, to, None))
+        answers = await self._batch(calls)
+        latest, at_cursor, end = (
+            self._checked_header(call, at, answer)
+            for at, call, answer in zip(heads, calls[:3], answers[:3], strict=True)
+        )
+        if latest is None:
+            raise self._misfit(calls[0], "the head")("null")
+        logs: list[RawLog] = []
+        if end is not None and len(answers) == 4:
+            if isinstance(answers[3], RpcError):
+                raise answers[3]
+            logs = answers[3]
+        return Poll(latest, at_cursor, end, logs)
+
+    def log_ranges(
+        self, addresses: Sequence[bytes], from_block: int, to_block: int, topics: Topics | None = None
+    ) -> LogRange:
+        """`async for part in rpc.log_ranges(…)`: the range in parts that this endpoint answers, each complete, in order.
+
+        Each part is (from_block, to_block, logs). A part that was given is done; an error leaves the rest unasked.
+        """
+        return LogRange(self, self.limits, addresses, from_block, to_block, topics)
+
+    async def logs_adaptive(
+        self, addresses: Sequence[bytes], from_block: int, to_block: int, topics: Topics | None = None
+    ) -> list[RawLog]:
+        """All logs of the range, whatever limits the endpoint has: by parts, and a full block alone by its receipts."""
+        return [log async for part in self.log_ranges(addresses, from_block, to_block, topics) for log in part.logs]
+
+    # ── asking ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _one(self, call: Call[T]) -> T:
+        return await self._transport.call(call)
+
+    async def _batch(self, calls: Sequence[Call[Any]]) -> list[Any]:
+        """An answer or an RpcError for each call, in their order; smaller batches, or none, where the node wants it."""
+        answers: list[Any] = []
+        while len(answers) < len(calls):
+            size = min(self.limits.max_batch, len(calls) - len(answers))
+            part = calls[len(answers) : len(answers) + size]
+            if size == 1 or not self.limits.batching:
+                answers += await self._apart(part)
+                continue
+            try:
+                got = await self._transport.batch(part)
+            except BatchTooLarge:
+                self.limits.max_batch = max(1, size // 2)
+                continue
+            except (MethodMissing, BadAnswer, Refused, Unreachable) as refusal:
+                if refusal.kind in _FOR_ALL and refusal.kind is not Kind.NOT_JSON:
+                    raise
+                answers += await self._apart(part)
+                # what works apart and was refused together: a node without batches (a garbled answer proves nothing)
+                if isinstance(refusal, Refused | MethodMissing) or (refusal.status or 200) >= 400:
+                    self.limits.batching = False
+                continue
+            # an item that the answer left out is asked alone: gateways cut batches up and lose parts of them
+            lost = [call for call, answer in zip(part, got, strict=True) if answer is Transport.MISSING]
+            found = iter(await self._apart(lost))
+            answers += [next(found) if answer is Transport.MISSING else answer for answer in got]
+        return answers
+
+    async def _apart(self, calls: Sequence[Call[Any]]) -> list[Any]:
+        """As `_batch`, in requests of one call."""
+        answers: list[Any] = []
+        for part in _chunks(calls, _ABREAST):
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._either(call)) for call in part]
+            answers += [task.result() for task in tasks]
+            for answer in answers[-len(part) :]:
+                if isinstance(answer, RpcError) and answer.kind in _FOR_ALL:
+                    raise answer  # it would be the same for the rest
+        return answers
+
+    async def _either(self, call: Call[Any]) -> Any:
+        try:
+            return await self._transport.call(call)
+        except RpcError as error:
+            return error
+
+    # ── believing nothing ─────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _header(self, call: Call[RawHeader | None], at: int | Hash32 | Tag) -> RawHeader | None:
+        try:
+            answer: RawHeader | RpcError | None = await self._one(call)
+        except RpcError as error:
+            answer = error
+        return self._checked_header(call, at, answer)
+
+    def _checked_header(self, call: Call[Any], at: int | Hash32 | Tag, answer: Any) -> RawHeader | None:
+        if isinstance(answer, UnknownBlock | BeyondHead):
+            return None
+        if isinstance(answer, RpcError):
+            no_such_tag = answer.code in (-32000, -32001, -39001, -32602) and isinstance(answer, Refused)
+            if at in ("safe", "finalized") and no_such_tag:
+                return None
+            raise answer
+        if answer is None:
+            return None
+        header: RawHeader = answer
+        misfit = self._misfit(call, "that block")
+        try:
+            own = hash32(header.hash)
+        except BadValue as why:
+            raise misfit(str(why)) from None
+        number = _quantity(header.number, misfit)
+        if (isinstance(at, int) and number != at) or (isinstance(at, bytes) and own != at):
+            raise misfit(f"block {number} ({_short(own)})")
+        return header
+
+    def _misfit(self, call: Call[Any], wanted: str) -> Callable[[str], BadAnswer]:
+        def error(got: str) -> BadAnswer:
+            return BadAnswer(
+                f"asked for {wanted}, it answered {got}",
+                endpoint=self.name,
+                method=call.method,
+                params=call.summary,
+                kind=Kind.MISFIT,
+            )
+
+        return error
+
+
+def _header_call(at: int | Hash32 | Tag) -> Call[RawHeader | None]:
+    if isinstance(at, bytes):
+        return Call("eth_getBlockByHash", [hex0x(at), False], RawHeader | None, f"block {_short(at)}")
+    where = at if isinstance(at, str) else hex(at)
+    return Call("eth_getBlockByNumber", [where, False], RawHeader | None, f"block {at}")
+
+
+def _logs_call(addresses: Sequence[bytes], first: int, last: int, topics: Topics | None) -> Call[list[RawLog]]:
+    if not 0 <= first <= last:
+        raise ValueError(f"not a range of blocks: {first} to {last}")
+    query = {"fromBlock": hex(first), "toBlock": hex(last)} | _filter(addresses, topics)
+    asked: Asked = (first, last)
+    return Call("eth_getLogs", [query], list[RawLog], f"blocks {first} to {last}, {_emitters(addresses)}", asked)
+
+
+def _filter(addresses: Sequence[bytes], topics: Topics | None) -> dict[str, Any]:
+    if not addresses:
+        raise ValueError("logs without an address would be those of everybody")
+    query: dict[str, Any] = {"address": [hex0x(address) for address in addresses]}
+    if topics:
+        query["topics"] = [
+            None if choice is None else hex0x(choice) if isinstance(choice, bytes) else [hex0x(each) for each in choice]
+            for choice in topics
+        ]
+    return query
+
+
+def _emitters(addresses: Sequence[bytes]) -> str:
+    return hex0x(addresses[0]) if len(addresses) == 1 else f"{len(addresses)} addresses"
+
+
+def _short(block_hash: bytes) -> str:
+    return hex0x(block_hash)[:12] + "…"
+
+
+def _quantity(text: str | None, misfit: Callable[[str], BadAnswer]) -> int:
+    try:
+        if text is not None and text.startswith("0x") and len(text) <= 18:
+            return int(text, 16)
+    except ValueError:
+        pass
+    raise misfit(f"the number {str(text)[:80]!r}") from None
+
+
+def _chunks(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -1,0 +1,204 @@
+"""One step along the chain, gathered and checked but not yet stored: headers, decoded events, and the verdict on each block.
+
+Promises that every event of a step is bound by hash to a header in it, and that tokens announced in the step were listened
+to from their first block on. By headers, a block is excluded by its bloom or derived from its receipts (`gate`); by ranges
+it is only asked for (`unverified`). Linking and storing are the follower's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from indexer.chain.decode import Decoded, Decoder, Speakers
+from indexer.chain.integrity import Count, Lie, Outcome, logs_of_receipts
+from indexer.chain.linkage import Unsettled
+from indexer.chain.logs import checked, headers_of, timed
+from indexer.chain.proof import bloom_bits
+from indexer.chain.rpc import Rpc
+from indexer.chain.rpc_errors import MethodMissing, UnknownBlock
+from indexer.chain.wire import Log, RawLog, quantity
+from indexer.model.types import BlockRef, Header, Schedule
+from indexer.store.coverage import Verdict
+
+READY = (0.05, 0.1, 0.2, 0.4, 0.8)  # seconds to wait for receipts of a block that was just announced (F30, F83)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What to commit: `headers` ascending, the last one the new cursor; `covered` as (verdict, low, high)."""
+
+    headers: list[Header]
+    rows: Decoded
+    covered: list[tuple[Verdict, int, int]]
+    filter: frozenset[bytes]
+
+    @property
+    def head(self) -> Header:
+        return self.headers[-1]
+
+
+class Gate:
+    """Whether a block may hold a log that we want, by its bloom: a configured emitter, or a token with a topic we know.
+
+    A block that is refused certainly holds none. (A token's log with a topic that nobody knows is not looked for here.)
+    """
+
+    def __init__(self, configured: Iterable[bytes], tokens: Iterable[bytes], topics: Iterable[bytes]) -> None:
+        self._configured = [bloom_bits(address) for address in configured]
+        self._tokens = [bloom_bits(address) for address in tokens]
+        self._topics = [bloom_bits(topic) for topic in topics]
+
+    def admits(self, header: Header) -> bool:
+        bloom = int.from_bytes(header.bloom, "big")
+        if not bloom:
+            return False
+        return any(bloom & bits == bits for bits in self._configured) or (
+            any(bloom & bits == bits for bits in self._topics) and any(bloom & bits == bits for bits in self._tokens)
+        )
+
+
+class Gatherer:
+    """Gathers steps from one endpoint. `speakers` and `filter` are the follower's to keep up to date.
+
+    `filter` holds whose logs are asked for: every speaker, and tokens whose announcement was orphaned and may return.
+    """
+
+    def __init__(self, rpc: Rpc, decoder: Decoder, schedule: Schedule | None, count: Count | None = None) -> None:
+        self.rpc, self.schedule = rpc, schedule
+        self._decoder, self._count = decoder, count
+        self.speakers = Speakers(0, ())
+        self.filter: frozenset[bytes] = frozenset()
+        self._receipts = True  # until the endpoint says that it has no eth_getBlockReceipts
+
+    # --------------------------------------------------------------------- every header
+
+    async def by_headers(self, headers: Sequence[Header]) -> Step:
+        """Linked headers, each passed through the gate; blocks that it admits are read whole, by hash."""
+        wanted = self.filter
+        logs: dict[int, list[Log]] = {}
+        while True:
+            gate = Gate(self.speakers.speaks_for, wanted.difference(self.speakers.speaks_for), self._decoder.topics)
+            admitted = [header for header in headers if header.number not in logs and gate.admits(header)]
+            for header, found in zip(
+                admitted, await asyncio.gather(*(self._read(header, wanted) for header in admitted)), strict=True
+            ):
+                logs[header.number] = found
+            kept = [log for number in sorted(logs) for log in logs[number] if log.address in wanted]
+            rows = self._decoder.decode(kept, self.speakers)
+            new = {token.token for token in rows.tokens} - wanted
+            if not new:
+                break
+            wanted |= new
+            if not self._receipts:  # by address: blocks that were asked without the new tokens are asked again
+                first = min(token.block_number for token in rows.tokens)
+                logs = {number: found for number, found in logs.items() if number < first}
+        verdict: Verdict = "gate" if self._receipts else "unverified"
+        return Step(
+            list(headers),
+            rows,
+            _merged((("gate" if h.number not in logs else verdict), h.number) for h in headers),
+            wanted,
+        )
+
+    async def _read(self, header: Header, wanted: frozenset[bytes]) -> list[Log]:
+        """All logs of a block from its receipts; where there is no such method, the wanted ones by its hash."""
+        for pause in (*READY, None):
+            try:
+                raws = await self._ask(header, wanted)
+            except Lie as lie:  # counted where it was found; receipts that are not ready are the commonest of them
+                reason = str(lie)
+            else:
+                if raws is not None:
+                    return timed(raws, self.schedule, {header.number: header})
+                reason = "the node does not hold it yet"
+            if pause is not None:
+                await asyncio.sleep(pause)
+        raise Unsettled(f"{self.rpc.name}: receipts of block {header.number}: {reason}")
+
+    async def _ask(self, header: Header, wanted: frozenset[bytes]) -> list[RawLog] | None:
+        if self._receipts:
+            try:
+                receipts = await self.rpc.receipts(header.hash)
+            except MethodMissing:
+                self._receipts = False
+            else:
+                return None if receipts is None else logs_of_receipts(header, receipts, count=self._count)
+        try:
+            raws = await self.rpc.logs_of(header.hash, sorted(wanted))
+        except UnknownBlock:
+            return None
+        logs = timed(raws, self.schedule, {header.number: header})
+        checked(logs, header.number, header.number, wanted, {header.number: header}, self._count)
+        return raws
+
+    # --------------------------------------------------------------------- ranges
+
+    async def by_range(self, cursor: BlockRef, end: Header, raws: Sequence[RawLog]) -> Step:
+        """The logs of cursor+1 … end, bound to the headers of their blocks; what fits none is asked for again by hash.
+
+        Raises Unsettled when the chain moved under the range.
+        """
+        wanted, headers = self.filter, {end.number: end}
+        logs = await self._bind(cursor, end, raws, wanted, headers)
+        while True:
+            rows = self._decoder.decode(logs, self.speakers)
+            new = {token.token for token in rows.tokens} - wanted
+            if not new:
+                break
+            first = min(token.block_number for token in rows.tokens if token.token in new)
+            wanted |= new
+            more = await self.rpc.logs_adaptive(sorted(new), first, end.number)
+            logs = [*logs, *await self._bind(cursor, end, more, frozenset(new), headers)]
+        ordered = [headers[number] for number in sorted(headers)]
+        return Step(ordered, rows, [("unverified", cursor.number + 1, end.number)], wanted)
+
+    async def _bind(
+        self,
+        cursor: BlockRef,
+        end: Header,
+        raws: Sequence[RawLog],
+        wanted: frozenset[bytes],
+        headers: dict[int, Header],
+    ) -> list[Log]:
+        """Fetches the headers of the logs' blocks, into `headers`, and keeps what fits them."""
+        if not raws:
+            return []
+        try:
+            numbers = sorted({quantity(raw.block_number or "") for raw in raws} - headers.keys())
+        except ValueError as error:
+            raise Lie("logs_parse", f"block number: {error}") from None
+        # The ends again, in the same breath: had the chain moved meanwhile, one of them would show it.
+        answers = await headers_of(self.rpc, [*numbers, end.number, cursor.number], self.schedule, self._count)
+        if answers[-1].ref != cursor or answers[-2].ref != end.ref:
+            raise Unsettled(f"the chain moved while blocks {cursor.number + 1} to {end.number} were read")
+        headers.update({header.number: header for header in answers[:-2]})
+        fitting, misfits = [], set()
+        for raw in raws:
+            header = headers[quantity(raw.block_number or "")]
+            if raw.block_hash is not None and raw.block_hash.lower() == "0x" + header.hash.hex():
+                fitting.append(raw)
+            else:
+                misfits.add(header)
+        for header in misfits:
+            if self._count is not None:
+                self._count("logs_bound", Outcome.FAIL)
+            try:
+                again = await self.rpc.logs_of(header.hash, sorted(wanted))
+            except UnknownBlock:
+                raise Unsettled(f"{self.rpc.name} does not know block {header.number} by its hash") from None
+            fitting = [raw for raw in fitting if quantity(raw.block_number or "") != header.number] + again
+        logs = timed(fitting, self.schedule, headers)
+        return checked(logs, cursor.number + 1, end.number, wanted, headers, self._count)
+
+
+def _merged(blocks: Iterable[tuple[Verdict, int]]) -> list[tuple[Verdict, int, int]]:
+    """Neighbours with one verdict as one range."""
+    merged: list[tuple[Verdict, int, int]] = []
+    for verdict, number in blocks:
+        if merged and merged[-1][0] == verdict and merged[-1][2] == number - 1:
+            merged[-1] = (verdict, merged[-1][1], number)
+        else:
+            merged.append((verdict, number, number))
+    return merged

@@ -1,0 +1,376 @@
+"""The command line: verbs are parsed here, wired to the rooms, and answered for people or, with --json, for programs.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 75 try again (a database or chain that does not answer yet).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+from uuid import UUID
+
+import asyncpg
+import msgspec
+import typer
+
+from indexer import terminal
+from indexer.config import Config, ConfigProblems, json_schema, load
+from indexer.store import embedded, functions, overview, queries, schema, tokens
+from indexer.store.brands import IssuerMoved
+from indexer.store.connection import Connection
+from indexer.store.database import Database, DatabaseUnavailable
+from indexer.store.programs import EmbeddedError
+from indexer.telemetry import configure_logging
+
+DONE, FAILED, USAGE, TRY_AGAIN = 0, 1, 2, 75
+Result = TypeVar("Result")
+
+app = typer.Typer(
+    name="indexer",
+    help="Follows loyalty ledgers, settles the operations that brands registered, and signals when to fulfil.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+operations_app = typer.Typer(help="Operations that brands wait for.", no_args_is_help=True)
+tokens_app = typer.Typer(help="Tokens for the HTTP API.", no_args_is_help=True)
+config_app = typer.Typer(help="The configuration.", no_args_is_help=True)
+app.add_typer(operations_app, name="operations")
+app.add_typer(tokens_app, name="tokens")
+app.add_typer(config_app, name="config")
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="indexer.toml (default: INDEXER_CONFIG, ./, /etc/indexer/).")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+EmbeddedOption = Annotated[bool, typer.Option("--embedded", help="The PostgreSQL that runs under state_dir.")]
+LogOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
+
+
+class Failure(Exception):
+    """A command that cannot do what it was asked; the message says why and what to do."""
+
+    def __init__(self, message: str, code: int = FAILED, detail: Any = None) -> None:
+        super().__init__(message)
+        self.code, self.detail = code, detail
+
+
+def _load(path: Path | None, embedded_database: bool) -> Config:
+    config = load(path, os.environ, embedded=embedded_database)
+    for warning in config.warnings:
+        terminal.warn(str(warning))
+    return config
+
+
+async def _with_database(config: Config, is_embedded: bool, work: Callable[[Connection], Awaitable[Result]]) -> Result:
+    url = embedded.url_of(config.state_dir) if is_embedded else config.database.url
+    async with await Database.connect(url, pool_size=1) as database, database.pool.acquire() as conn:
+        await schema.check(conn)
+        return await work(conn)
+
+
+def _on_database(path: Path | None, is_embedded: bool, work: Callable[[Connection], Awaitable[Result]]) -> Result:
+    return asyncio.run(_with_database(_load(path, is_embedded), is_embedded, work))
+
+
+# ------------------------------------------------------------------------------------------------ running
+
+
+@app.command()
+def run(
+    config: ConfigOption = None,
+    embedded_database: Annotated[
+        bool, typer.Option("--embedded", help="Run PostgreSQL under state_dir too: for trials and small shops.")
+    ] = False,
+    log_level: LogOption = "info",
+) -> None:
+    """Run the daemon until SIGTERM."""
+    from indexer.daemon import serve  # only this verb needs every room
+
+    tree = _load(config, embedded_database)
+    configure_logging(level=log_level, secrets=tree.secrets())
+    with terminal.backfill_progress() as progress:
+        asyncio.run(serve(tree, embedded=embedded_database, progress=progress))
+
+
+@app.command()
+def demo(
+    as_json: JsonOption = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave everything running and print the URLs.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the story's nonces and amounts.")] = 1,
+) -> None:
+    """A whole loyalty world on this machine: a chain, a database, the daemon, a shop, and thirty operations."""
+    from indexer.sandbox.demo import run_demo
+
+    raise typer.Exit(asyncio.run(run_demo(as_json=as_json, keep=keep, seed=seed)))
+
+
+@app.command()
+def migrate(
+    config: ConfigOption = None,
+    revision: Annotated[str, typer.Option(help="A revision, head or base.")] = "head",
+    as_json: JsonOption = False,
+) -> None:
+    """Bring the database's schema to this version's. Run it as the owner of the database."""
+    tree = _load(config, False)
+    asyncio.run(schema.migrate(tree.database.url, revision))
+    terminal.answer({"schema": revision if revision != "head" else schema.head()}, as_json, lambda d: f"schema is at {d['schema']}")
+
+
+@app.command()
+def status(config: ConfigOption = None, is_embedded: EmbeddedOption = False, as_json: JsonOption = False) -> None:
+    """Heads, history, leases and what waits, as the database knows them."""
+    seen = _on_database(config, is_embedded, overview.overview)
+    terminal.answer(msgspec.to_builtins(seen, builtin_types=(msgspec.Raw,)), as_json, terminal.status_text)
+
+
+@app.command()
+def balances(
+    wallet: Annotated[str, typer.Argument(help="The holder, 0x and 40 hex digits.")],
+    config: ConfigOption = None,
+    is_embedded: EmbeddedOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """What a wallet holds, by programme and bucket, from canonical events."""
+    from indexer.model.types import BadValue, address
+
+    try:
+        holder = address(wallet, "wallet")
+    except BadValue as error:
+        raise Failure(str(error), USAGE) from None
+    found = _on_database(config, is_embedded, lambda conn: queries.balances_of(conn, holder))
+    terminal.answer({"data": [msgspec.to_builtins(row) for row in found]}, as_json, terminal.balances_text)
+
+
+# ------------------------------------------------------------------------------------------------ operations
+
+
+@operations_app.command("list")
+def list_operations(
+    config: ConfigOption = None,
+    brand: Annotated[str | None, typer.Option(help="Of this brand alone.")] = None,
+    status: Annotated[list[str] | None, typer.Option(help="In these states; may be given again.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=queries.MAX_PAGE)] = 50,
+    cursor: Annotated[str | None, typer.Option(help="nextCursor of the page before.")] = None,
+    is_embedded: EmbeddedOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Operations, newest registration first."""
+    page = _on_database(
+        config, is_embedded, lambda conn: queries.operations(conn, brand=brand, states=status, limit=limit, cursor=cursor)
+    )
+    terminal.answer(_plain(page), as_json, terminal.operations_text)
+
+
+@operations_app.command("show")
+def show_operation(
+    operation: Annotated[str, typer.Argument(help="The id, or the brand's reference.")],
+    config: ConfigOption = None,
+    is_embedded: EmbeddedOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """One operation with its legs, evidence, conflicts, history and receipts."""
+
+    async def find(conn: Connection) -> queries.Operation | None:
+        return await queries.operation(conn, await _resolve_id(conn, operation))
+
+    found = _on_database(config, is_embedded, find)
+    if found is None:
+        raise Failure(f"no operation {operation}")
+    terminal.answer(_plain(found), as_json, terminal.operation_text)
+
+
+@operations_app.command("register")
+def register_operation(
+    file: Annotated[Path, typer.Argument(help="JSON as for POST /v1/operations; - reads standard input.")],
+    config: ConfigOption = None,
+    is_embedded: EmbeddedOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Register what a brand waits for. Idempotent by its reference."""
+    text = sys.stdin.read() if str(file) == "-" else file.read_text()
+    done = _on_database(config, is_embedded, lambda conn: functions.register_operation(conn, text))
+    terminal.answer(_plain(done), as_json, lambda d: f"{d['id']} {'registered' if d['created'] else 'was registered before'}")
+
+
+@operations_app.command("cancel")
+def cancel_operation(
+    operation: str, config: ConfigOption = None, is_embedded: EmbeddedOption = False, as_json: JsonOption = False
+) -> None:
+    """Record that the brand no longer wants it. A signed action may still be executed until `executableUntil`."""
+
+    async def cancel(conn: Connection) -> functions.Cancelled:
+        return await functions.cancel(conn, await _resolve_id(conn, operation))
+
+    done = _on_database(config, is_embedded, cancel)
+    terminal.answer(_plain(done), as_json, lambda d: f"accepted; executable until {d['executableUntil'] or 'for ever'}")
+
+
+@operations_app.command("fulfil")
+def fulfil_operation(
+    operation: str,
+    generation: Annotated[int, typer.Option(help="The generation of the ready signal.")],
+    receipt: Annotated[str, typer.Option(help="A JSON object, kept with the operation.")] = "{}",
+    config: ConfigOption = None,
+    is_embedded: EmbeddedOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Record that the brand has handed over. Exits 1 when that generation was taken back (it is recorded all the same)."""
+    try:
+        body = json.dumps({"receipt": json.loads(receipt)})
+    except ValueError as error:
+        raise Failure(f"--receipt is not JSON: {error}", USAGE) from None
+
+    async def fulfil(conn: Connection) -> functions.Fulfilled:
+        return await functions.fulfil(conn, await _resolve_id(conn, operation), generation, body)
+
+    done = _on_database(config, is_embedded, fulfil)
+    terminal.answer(_plain(done), as_json, lambda d: f"{d['outcome']} (generation {d['generation']})")
+    if done.outcome != "fulfilled":
+        raise typer.Exit(FAILED)
+
+
+@operations_app.command("resolve")
+def resolve_operation(
+    operation: str,
+    reason: Annotated[str, typer.Option(help="Why; kept with the decision.")],
+    accept: Annotated[UUID | None, typer.Option(help="This evidence settles it.")] = None,
+    dismiss: Annotated[UUID | None, typer.Option(help="This evidence is not its own.")] = None,
+    actor: Annotated[str | None, typer.Option(help="Who decides (default: the login name).")] = None,
+    config: ConfigOption = None,
+    is_embedded: EmbeddedOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Decide on evidence that conflicts, or is ambiguous. `operations show` lists the ids."""
+    if (accept is None) == (dismiss is None):
+        raise Failure("say --accept EVIDENCE or --dismiss EVIDENCE, one of them", USAGE)
+    evidence = accept or dismiss
+    assert evidence is not None
+
+    async def resolve(conn: Connection) -> functions.Resolved:
+        name = actor or os.environ.get("USER") or f"uid {os.getuid()}"
+        return await functions.resolve(conn, await _resolve_id(conn, operation), evidence, accept is not None, reason, name)
+
+    done = _on_database(config, is_embedded, resolve)
+    terminal.answer(_plain(done), as_json, lambda d: d["outcome"])
+
+
+async def _resolve_id(conn: Connection, given: str) -> UUID:
+    """An operation's id from itself or from a brand's reference."""
+    try:
+        return UUID(given)
+    except ValueError:
+        page = await queries.operations(conn, reference=given, limit=2)
+    if len(page.data) != 1:
+        raise Failure(f"{'no' if not page.data else 'more than one'} operation with reference {given!r}")
+    return page.data[0].id
+
+
+# ------------------------------------------------------------------------------------------------ tokens
+
+
+@tokens_app.command("add")
+def add_token(
+    name: Annotated[str, typer.Argument(help="Whose it is, for the list.")],
+    scope: Annotated[list[str], typer.Option(help=f"Of {', '.join(tokens.SCOPES)}; may be given again.")],
+    brand: Annotated[str | None, typer.Option(help="Bound to this brand; default: every brand.")] = None,
+    config: ConfigOption = None,
+    is_embedded: EmbeddedOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a token and print it, the only time that it is seen."""
+    token, row = _on_database(config, is_embedded, lambda conn: tokens.add(conn, name, brand, scope))
+    terminal.answer({**_plain(row), "token": token}, as_json, lambda d: d["token"])
+
+
+@tokens_app.command("list")
+def list_tokens(config: ConfigOption = None, is_embedded: EmbeddedOption = False, as_json: JsonOption = False) -> None:
+    """Every token, revoked ones too; never the token itself."""
+    rows = _on_database(config, is_embedded, tokens.list_tokens)
+    terminal.answer({"data": [_plain(row) for row in rows]}, as_json, terminal.tokens_text)
+
+
+@tokens_app.command("revoke")
+def revoke_token(
+    token_id: UUID, config: ConfigOption = None, is_embedded: EmbeddedOption = False, as_json: JsonOption = False
+) -> None:
+    """End a token; it works for a few seconds more at the most."""
+    if not _on_database(config, is_embedded, lambda conn: tokens.revoke(conn, token_id)):
+        raise Failure(f"no token {token_id}, or it was revoked before")
+    terminal.answer({"revoked": str(token_id)}, as_json, lambda d: f"revoked {d['revoked']}")
+
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+
+@config_app.command("check")
+def check_config(config: ConfigOption = None, is_embedded: EmbeddedOption = False, as_json: JsonOption = False) -> None:
+    """Read the configuration as the daemon would, and print every problem at once."""
+    try:
+        tree = load(config, os.environ, embedded=is_embedded)
+    except ConfigProblems as error:
+        if not as_json:
+            raise
+        terminal.answer({"ok": False, "problems": [vars_of(problem) for problem in error.problems]}, True, str)
+        raise typer.Exit(USAGE) from None
+    found = [str(warning) for warning in tree.warnings]
+    terminal.answer({"ok": True, "problems": [], "warnings": found}, as_json, lambda d: "\n".join([*(f"warning: {w}" for w in found), "ok"]))
+
+
+def vars_of(problem: Any) -> dict[str, str]:
+    return {"where": problem.where, "what": problem.what, "hint": problem.hint}
+
+
+@config_app.command("schema")
+def config_schema(as_json: JsonOption = False) -> None:
+    """The JSON schema of indexer.toml."""
+    del as_json  # it is JSON either way
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def _plain(value: object) -> Any:
+    """A struct of the store as JSON values; raw JSON inside it read again."""
+    return msgspec.json.decode(msgspec.json.encode(value))
+
+
+def _refused(error: asyncpg.PostgresError) -> Failure | None:
+    """What schema loyalty's functions refuse, told as they say it."""
+    if str(error.sqlstate).startswith("LY"):
+        detail = json.loads(error.detail) if error.detail else None
+        return Failure(str(error), FAILED, detail)
+    return None
+
+
+def _fail(message: str, code: int, detail: Any = None) -> NoReturn:
+    terminal.complain(message, detail)
+    sys.exit(code)
+
+
+def main() -> None:
+    """The console script `indexer`."""
+    try:
+        app()
+    except ConfigProblems as error:
+        _fail("the configuration cannot be used:\n" + "\n".join(f"  {problem}" for problem in error.problems), USAGE)
+    except (schema.SchemaMismatch, IssuerMoved, tokens.BadToken, queries.BadCursor) as error:
+        _fail(str(error), USAGE)
+    except DatabaseUnavailable as error:
+        _fail(str(error), USAGE if error.lasting else TRY_AGAIN)
+    except EmbeddedError as error:
+        _fail(str(error), TRY_AGAIN if isinstance(error, embedded.AlreadyRunning) else FAILED)
+    except asyncpg.PostgresError as error:
+        refusal = _refused(error)
+        _fail(*((str(refusal), refusal.code, refusal.detail) if refusal else (f"the database refused: {error}", FAILED)))
+    except Failure as error:
+        _fail(str(error), error.code, error.detail)
+    except (FileNotFoundError, PermissionError, UnicodeDecodeError) as error:
+        _fail(str(error), USAGE)
+    except OSError as error:
+        _fail(f"{error}", TRY_AGAIN)
+    except KeyboardInterrupt:
+        sys.exit(130)

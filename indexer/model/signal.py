@@ -1,0 +1,160 @@
+"""Signals: their types, their derived ids, and the payload that leaves the house (design, section 8).
+
+An id is a function of (operation, generation, type, cause), so computing twice cannot make a second signal. Numbers that
+can pass 2^53 travel as decimal strings, bytes as lower-case 0x hex, times as RFC 3339 UTC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID, uuid5
+
+from indexer.model.confidence import Level
+from indexer.model.evidence import Movement
+from indexer.model.operation import State
+from indexer.model.types import hex0x
+
+READY = "operation.ready"
+REVERTED = "operation.reverted"
+RESTORED = "operation.restored"
+FULFILLED = "operation.fulfilled"
+FINALIZED = "operation.finalized"
+UNMATCHED = "settlement.unmatched"
+HINTS = frozenset({"operation.submitted", "operation.confirming", "operation.rejected"})
+
+# The signal of entering a state; `ready` and `fulfilled` have their own rules in the reconciler.
+OF_STATE: dict[State, str] = {
+    State.SUBMITTED: "operation.submitted",
+    State.CONFIRMING: "operation.confirming",
+    State.EXPIRED: "operation.expired",
+    State.INCOMPLETE: "operation.incomplete",
+    State.CONFLICT: "operation.conflict",
+    State.CANCELLED: "operation.cancelled",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """A row of the outbox, before it has its number."""
+
+    id: UUID
+    brand: str
+    aggregatetype: str  # operation | evidence
+    aggregateid: UUID
+    type: str
+    payload: dict[str, Any]
+    generation: int = 0
+    supersedes: UUID | None = None
+
+
+def signal_id(operation_id: UUID, generation: int, kind: str, causes: Iterable[object]) -> UUID:
+    """UUIDv5 in the operation's own namespace; `causes` are the identities of the evidence or decisions behind it."""
+    return uuid5(operation_id, f"{generation}:{kind}:" + ",".join(sorted(str(cause) for cause in causes)))
+
+
+def unmatched_id(evidence: UUID) -> UUID:
+    return uuid5(evidence, UNMATCHED)
+
+
+def instant(milliseconds: int) -> str:
+    """RFC 3339 UTC, to the millisecond where there is one."""
+    moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
+    text = moment.isoformat(timespec="milliseconds" if milliseconds % 1000 else "seconds")
+    return text.replace("+00:00", "Z")
+
+
+def evidence_json(
+    movement: Movement, leg: int, basis: str, ambiguous: bool, level: Level, explorer: str | None = None
+) -> dict[str, Any]:
+    """One entry of `evidence`. With one endpoint the witness is one and the proof is agreement alone."""
+    return {
+        "leg": leg,
+        "evidenceId": str(movement.id),
+        "basis": basis,
+        "ambiguous": ambiguous,
+        "confidence": level.word,
+        "witnesses": 1,
+        "chainId": str(movement.chain_id),
+        "blockNumber": str(movement.block_number),
+        "blockHash": hex0x(movement.block_hash),
+        "blockTime": instant(movement.time_ms),
+        "txHash": hex0x(movement.tx_hash),
+        "logIndex": movement.log_index,
+        "explorerUrl": f"{explorer.rstrip('/')}/tx/{hex0x(movement.tx_hash)}" if explorer else None,
+    }
+
+
+def movement_json(movement: Movement) -> dict[str, Any]:
+    """The terms of an event, for conflicts and unmatched evidence."""
+    return {
+        "evidenceId": str(movement.id),
+        "kind": movement.kind,
+        "chainId": str(movement.chain_id),
+        "factory": hex0x(movement.factory),
+        "issuer": hex0x(movement.issuer),
+        "holder": hex0x(movement.holder),
+        "loyaltyId": hex0x(movement.loyalty_id),
+        "expiresAt": str(movement.bucket),
+        "amount": str(movement.amount),
+        "nonce": hex0x(movement.nonce),
+        "operationHash": hex0x(movement.operation_hash) if movement.operation_hash else None,
+        "blockNumber": str(movement.block_number),
+        "blockHash": hex0x(movement.block_hash),
+        "blockTime": instant(movement.time_ms),
+        "txHash": hex0x(movement.tx_hash),
+        "logIndex": movement.log_index,
+    }
+
+
+def operation_signal(
+    *,
+    kind: str,
+    operation_id: UUID,
+    brand: str,
+    reference: str,
+    status: str,
+    generation: int,
+    now_ms: int,
+    causes: Iterable[object],
+    legs: list[dict[str, Any]],
+    metadata: dict[str, Any],
+    evidence: list[dict[str, Any]],
+    supersedes: UUID | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Signal:
+    """A signal about an operation. The sequencer adds `stream` and `sequence` when it numbers it."""
+    identity = signal_id(operation_id, generation, kind, causes)
+    data = {
+        "id": str(identity),
+        "brand": brand,
+        "generation": generation,
+        "supersedes": str(supersedes) if supersedes else None,
+        "operation": {
+            "id": str(operation_id),
+            "reference": reference,
+            "status": status,
+            "legs": legs,
+            "metadata": metadata,
+        },
+        "evidence": evidence,
+        **(extra or {}),
+    }
+    payload = {"type": kind, "timestamp": instant(now_ms), "data": data}
+    return Signal(identity, brand, "operation", operation_id, kind, payload, generation, supersedes)
+
+
+def unmatched_signal(movement: Movement, brand: str, now_ms: int) -> Signal:
+    """Evidence of a brand's issuer that no operation claims."""
+    identity = unmatched_id(movement.id)
+    data = {
+        "id": str(identity),
+        "brand": brand,
+        "generation": 0,
+        "supersedes": None,
+        "evidence": [movement_json(movement)],
+    }
+    payload = {"type": UNMATCHED, "timestamp": instant(now_ms), "data": data}
+    return Signal(identity, brand, "evidence", movement.id, UNMATCHED, payload)

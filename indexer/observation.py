@@ -1,0 +1,44 @@
+"""What the loops report, turned into metrics: latencies once per transition, after the commit, never on replay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from indexer.model.evidence import Movement
+from indexer.model.operation import State
+from indexer.model.signal import Signal
+from indexer.store.operations import Operation
+from indexer.telemetry import Metrics, Stage
+
+
+class SettlementObserver:
+    """The reconciler's observer."""
+
+    def __init__(self, metrics: Metrics, chain_names: dict[int, str]) -> None:
+        self._metrics, self._chains = metrics, chain_names
+
+    def transition(self, operation: Operation, to: State, movements: Sequence[Movement], now_ms: int) -> None:
+        metrics, brand = self._metrics, operation.brand
+        metrics.transitions.labels(brand, to.value).inc()
+        if to is State.CONFLICT:
+            metrics.conflicts.labels(brand).inc()
+        kind = operation.legs[0].kind if len({leg.kind for leg in operation.legs}) == 1 else "mixed"
+        last_ms = max((movement.time_ms for movement in movements), default=None)
+        if to is State.READY and last_ms is not None and operation.generation == 1:
+            self._stage(operation, kind, "registered_to_included", last_ms - operation.registered_at_ms)
+            self._stage(operation, kind, "included_to_ready", now_ms - max(last_ms, operation.registered_at_ms))
+        if to is State.FULFILLED and operation.generation in operation.receipts:
+            done_ms = operation.fulfilled_at_ms or now_ms
+            self._stage(operation, kind, "registered_to_fulfilled", done_ms - operation.registered_at_ms)
+            if operation.delivered_at_ms is not None:
+                self._stage(operation, kind, "delivered_to_fulfilled", done_ms - operation.delivered_at_ms)
+
+    def _stage(self, operation: Operation, kind: str, stage: Stage, milliseconds: int) -> None:
+        self._metrics.observe_latency(operation.brand, kind, stage, milliseconds / 1000)
+
+    def signalled(self, signal: Signal) -> None:
+        self._metrics.signals.labels(signal.brand, signal.type).inc()
+
+    def repeated(self, movement: Movement) -> None:
+        name = self._chains.get(movement.chain_id, str(movement.chain_id))
+        self._metrics.repeated.labels(name, movement.kind).inc()

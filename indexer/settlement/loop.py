@@ -1,0 +1,71 @@
+"""The settling loop: passes of the reconciler under the lease `settle`, and the hunt for unmatched evidence.
+
+Woken by facts, heads and registrations, and by a sweep each second in case a wake-up was missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from indexer.model import signal as signals
+from indexer.settlement.reconciler import BrandRules, Observer, Pass, reconcile
+from indexer.store import operations as store
+from indexer.store.connection import Connection
+from indexer.store.leases import Lease
+from indexer.store.signals import append
+from indexer.store.wakeups import Wakeups
+
+TASK = "settle"
+SWEEP_SECONDS = 1.0
+UNMATCHED_QUIET_MS = 600_000  # evidence younger than this may still find its registration
+UNMATCHED_EVERY = 10  # sweeps
+
+
+async def settle(
+    lease: Lease,
+    wakeups: Wakeups,
+    rules: Mapping[str, BrandRules],
+    explorers: Mapping[int, str],
+    observer: Observer,
+    *,
+    unmatched_quiet_ms: int = UNMATCHED_QUIET_MS,
+) -> None:
+    """Runs until cancelled, or until the lease is lost (LeaseLost)."""
+    idle = 0
+    while True:
+        done = Pass()
+        async with lease.transaction() as conn:
+            done = await reconcile(conn, rules, explorers)
+        if done.signals:
+            wakeups.poke("settled")
+        for operation, state, movements in done.transitions:
+            observer.transition(operation, state, movements, done.now_ms)
+        for signal in done.signals:
+            observer.signalled(signal)
+        for movement in done.repeated:
+            observer.repeated(movement)
+        if done.backlog:
+            continue
+        if idle % UNMATCHED_EVERY == 0:
+            async with lease.transaction() as conn:
+                found = await tell_unmatched(conn, unmatched_quiet_ms)
+            if found:
+                wakeups.poke("settled")
+        idle += 1
+        await wakeups.wait(("facts", "heads", "registered"), SWEEP_SECONDS)
+
+
+async def tell_unmatched(conn: Connection, quiet_ms: int, limit: int = 500) -> int:
+    """Signals evidence of our issuers, safe and older than `quiet_ms`, that no operation claims. Returns how many."""
+    clock_ms = await store.now_ms(conn)
+    told = 0
+    for chain in (await store.heads(conn)).values():
+        if chain.latched or chain.safe_number < 0:
+            continue
+        found, cursor = await store.unmatched_due(conn, chain, clock_ms, quiet_ms, limit)
+        contested = await store.contested(conn, [movement for _, movement in found]) if found else set()
+        new = [signals.unmatched_signal(m, brand, clock_ms) for brand, m in found if m.id not in contested]
+        await append(conn, new)
+        await store.move_unmatched_cursor(conn, chain.chain_id, cursor)
+        told += len(new)
+    return told

@@ -1,0 +1,170 @@
+"""Which blocks were asked for, of which emitters, with which verdict: the SQL of the `coverage` table.
+
+Ranges are inclusive on both ends in Python and live as multiranges in PostgreSQL, which does all arithmetic. The emitter
+`HEAD_LANE` stands for the follower's filter and speaks for an emitter from that emitter's `followed_from` on. What to do
+about a gap is left to `chain/coverage.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import asyncpg
+
+from indexer.store.connection import Connection
+
+HEAD_LANE = b""
+Verdict = Literal["receipts_root", "gate", "second_endpoint", "second_look", "unverified"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Blocks `low` to `high`, both included."""
+
+    low: int
+    high: int
+
+
+@dataclass(frozen=True, slots=True)
+class Covered:
+    """One emitter's claim on a range: asked for, and stored in the same transaction."""
+
+    emitter: bytes
+    low: int
+    high: int
+    verdict: Verdict
+
+
+def _spans(multirange: Sequence[Any]) -> list[Span]:
+    """From asyncpg's Ranges, which PostgreSQL normalises to [low, high)."""
+    return [Span(r.lower if r.lower is not None else 0, r.upper - 1) for r in multirange]
+
+
+async def cover(conn: asyncpg.Connection, chain_id: int, claims: Sequence[Covered]) -> None:
+    """Adds the claims. What is better than `unverified` also takes the range out of `unverified`."""
+    if not claims:
+        return
+    arrays = (
+        [c.emitter for c in claims],
+        [c.verdict for c in claims],
+        [c.low for c in claims],
+        [c.high for c in claims],
+    )
+    # coverage_pk: a row per emitter and verdict, however many ranges it has
+    await conn.execute(
+        """
+        INSERT INTO indexer.coverage AS c (chain_id, emitter, verdict, blocks)
+        SELECT $1, emitter, verdict, range_agg(int8range(low, high, '[]'))
+        FROM unnest($2::bytea[], $3::text[], $4::bigint[], $5::bigint[]) AS claim (emitter, verdict, low, high)
+        GROUP BY emitter, verdict
+        ON CONFLICT (chain_id, emitter, verdict) DO UPDATE SET blocks = c.blocks + excluded.blocks
+        """,
+        chain_id,
+        *arrays,
+    )
+    if any(c.verdict != "unverified" for c in claims):
+        await conn.execute(
+            """
+            UPDATE indexer.coverage AS c SET blocks = c.blocks - better.blocks
+            FROM (
+                SELECT emitter, range_agg(int8range(low, high, '[]')) AS blocks
+                FROM unnest($2::bytea[], $3::text[], $4::bigint[], $5::bigint[]) AS claim (emitter, verdict, low, high)
+                WHERE verdict <> 'unverified' GROUP BY emitter
+            ) AS better
+            WHERE c.chain_id = $1 AND c.emitter = better.emitter AND c.verdict = 'unverified' AND c.blocks && better.blocks
+            """,
+            chain_id,
+            *arrays,
+        )
+
+
+async def forget_above(conn: asyncpg.Connection, chain_id: int, ancestor: int) -> None:
+    """A reorganisation: nothing above `ancestor` was asked of the chain that stands now."""
+    # coverage_pk, leading column: a few rows per emitter
+    await conn.execute(
+        """
+        UPDATE indexer.coverage SET blocks = blocks - int8multirange(int8range($2, NULL, '()'))
+        WHERE chain_id = $1 AND blocks && int8range($2, NULL, '()')
+        """,
+        chain_id,
+        ancestor,
+    )
+
+
+async def gaps(conn: asyncpg.Connection, chain_id: int, upto: int) -> dict[bytes, list[Span]]:
+    """Per active emitter, what is covered by no verdict at all in [start_block, upto]; emitters without a gap are left out."""
+    rows = await conn.fetch(
+        """
+        WITH lane AS (
+            SELECT coalesce(range_agg(blocks), '{}') AS blocks FROM indexer.coverage WHERE chain_id = $1 AND emitter = ''
+        ), own AS (
+            SELECT emitter, range_agg(blocks) AS blocks FROM indexer.coverage WHERE chain_id = $1 GROUP BY emitter
+        ), gap AS (
+            SELECT e.address,
+                   int8multirange(int8range(e.start_block, $2, '[]'))
+                   - coalesce(own.blocks, '{}')
+                   - CASE WHEN e.followed_from IS NULL THEN '{}'::int8multirange
+                          ELSE lane.blocks * int8multirange(int8range(e.followed_from, NULL)) END AS missing
+            FROM indexer.emitter AS e CROSS JOIN lane LEFT JOIN own ON own.emitter = e.address
+            WHERE e.chain_id = $1 AND e.active AND e.start_block <= $2
+        )
+        SELECT address, missing FROM gap WHERE NOT isempty(missing)
+        """,
+        chain_id,
+        upto,
+    )
+    return {row["address"]: _spans(row["missing"]) for row in rows}
+
+
+async def unverified(conn: asyncpg.Connection, chain_id: int, upto: int) -> dict[bytes, list[Span]]:
+    """Per emitter (HEAD_LANE included), the `unverified` blocks up to `upto`: what a second look is still owed for."""
+    rows = await conn.fetch(
+        """
+        SELECT c.emitter, c.blocks * int8multirange(int8range(NULL, $2, '[]')) AS owed
+        FROM indexer.coverage AS c LEFT JOIN indexer.emitter AS e ON e.chain_id = c.chain_id AND e.address = c.emitter
+        WHERE c.chain_id = $1 AND c.verdict = 'unverified' AND (c.emitter = '' OR e.active)
+          AND c.blocks && int8range(NULL, $2, '[]')
+        """,
+        chain_id,
+        upto,
+    )
+    return {row["emitter"]: _spans(row["owed"]) for row in rows}
+
+
+async def covered_until(
+    conn: Connection, chain_id: int, emitters: Sequence[bytes], from_block: int
+) -> int | None:
+    """The highest block B such that [from_block, B] is covered, better than `unverified`, for each of the emitters.
+
+    Blocks before an emitter's start_block count as covered. None: `from_block` itself is not covered for one of them, or
+    one is unknown. What `operation.expired` rests on.
+    """
+    if not emitters:
+        return None
+    row = await conn.fetchrow(
+        """
+        WITH lane AS (
+            SELECT coalesce(range_agg(blocks), '{}') AS blocks FROM indexer.coverage
+            WHERE chain_id = $1 AND emitter = '' AND verdict <> 'unverified'
+        ), own AS (
+            SELECT emitter, range_agg(blocks) AS blocks FROM indexer.coverage
+            WHERE chain_id = $1 AND emitter = ANY($2::bytea[]) AND verdict <> 'unverified' GROUP BY emitter
+        ), known AS (
+            SELECT e.address,
+                   int8multirange(int8range(NULL, e.start_block))
+                   + coalesce(own.blocks, '{}')
+                   + CASE WHEN e.followed_from IS NULL THEN '{}'::int8multirange
+                          ELSE lane.blocks * int8multirange(int8range(e.followed_from, NULL)) END AS blocks
+            FROM indexer.emitter AS e CROSS JOIN lane LEFT JOIN own ON own.emitter = e.address
+            WHERE e.chain_id = $1 AND e.address = ANY($2::bytea[])
+        )
+        SELECT min(upper(r) - 1) AS until, count(*) AS emitters FROM known, unnest(known.blocks) AS r WHERE r @> $3::bigint
+        """,
+        chain_id,
+        list(emitters),
+        from_block,
+    )
+    assert row is not None
+    return int(row["until"]) if row["emitters"] == len(set(emitters)) else None

@@ -1,0 +1,285 @@
+"""What is due at which endpoint, in which order, and what became of it: the dispatcher's two transactions.
+
+Promises: an operation's signals are attempted at an endpoint one at a time, in the order of their numbers; a `ready` that
+was taken back is not attempted again; an attempt is on record before it begins. `next_at` of an attempt under way is
+when it must have ended, so a successor of a dispatcher that died takes up its attempts then and not before. Only the
+holder of the lease `deliver` calls these, inside its leased transactions; what a response means is not decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+from uuid import UUID
+
+import asyncpg
+
+from indexer.model.signal import FULFILLED, HINTS, READY, RESTORED, REVERTED
+
+# Seconds between the end of an attempt's allowance and the moment from which another may begin.
+MARGIN = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How many attempts may begin at an endpoint now, and how many seconds each may take."""
+
+    brand: str
+    webhook: str
+    free: int
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """An attempt that is on record and may be made. `body` is exactly what the outbox holds."""
+
+    brand: str
+    webhook: str
+    signal_id: UUID
+    type: str
+    number: int  # 1 for the first
+    replay: bool  # asked for by a person after it had been dealt with
+    body: str
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """A delivery that ended without another attempt: 'superseded', or 'dropped' for a late hint."""
+
+    brand: str
+    webhook: str
+    signal_id: UUID
+    type: str
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one look at the queue did. `progress`: look again, there may be more behind it."""
+
+    attempts: list[Attempt]
+    closed: list[Closed]
+    progress: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of an attempt. `retry_in`: seconds, when it stays pending. `gone`: the endpoint wants no more."""
+
+    attempt: Attempt
+    state: Literal["delivered", "pending", "dead"]
+    status: int | None
+    error: str | None
+    retry_in: float = 0.0
+    gone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FirstReady:
+    """A `ready` that reached its first endpoint: how many seconds after it was decided, and the kind of its first leg."""
+
+    brand: str
+    kind: str
+    seconds: float
+
+
+async def begin(conn: asyncpg.Connection, rooms: Sequence[Room]) -> Turn:
+    """Judges the oldest pending delivery of each operation with something due, and puts on record what may begin.
+
+    One statement. `due` finds work per endpoint, so that a sick endpoint's backlog hides nobody else's; the head of each
+    such operation is judged in its place; what waits behind a head is put off as long as the head is, and called when
+    the head is closed, so that nothing is looked at twice in vain. A `reverted` goes with the `ready` that it takes back
+    if no attempt of that was ever begun here, unless the brand fulfilled meanwhile on another way: that is an exposure.
+    """
+    rows = await conn.fetch(
+        # due: delivery_due_idx; head, busy, put off, called: delivery_order_idx; outdated, fulfilled: outbox_aggregate_idx
+        """
+        WITH room AS (
+          SELECT * FROM unnest($1::text[], $2::text[], $3::int[], $4::float8[]) AS room(brand, webhook, free, allowance)
+        ), due AS (
+          SELECT DISTINCT c.brand, c.webhook, c.aggregateid, room.allowance
+            FROM room
+            JOIN indexer.webhook w ON w.brand = room.brand AND w.name = room.webhook AND w.active AND w.disabled_at IS NULL
+           CROSS JOIN LATERAL (
+             SELECT d.brand, d.webhook, d.aggregateid FROM indexer.delivery d
+              WHERE d.brand = room.brand AND d.webhook = room.webhook AND d.state = 'pending' AND d.next_at <= now()
+              ORDER BY d.next_at LIMIT room.free) c
+        ), head AS (
+          SELECT d.*, due.allowance, o.position, o.superseded_by, o.supersedes, o.payload, (
+                   SELECT max(b.next_at) FROM indexer.delivery b
+                    WHERE b.brand = d.brand AND b.webhook = d.webhook AND b.aggregateid = d.aggregateid
+                      AND b.state = 'pending' AND b.begun_at IS NOT NULL AND b.ended_at IS NULL AND b.next_at > now()
+                 ) AS busy_until
+            FROM due
+           CROSS JOIN LATERAL (
+             SELECT h.signal_id FROM indexer.delivery h
+              WHERE h.brand = due.brand AND h.webhook = due.webhook AND h.aggregateid = due.aggregateid
+                AND h.state = 'pending'
+              ORDER BY h.sequence LIMIT 1) oldest
+            JOIN indexer.delivery d
+              ON d.brand = due.brand AND d.webhook = due.webhook AND d.signal_id = oldest.signal_id
+            JOIN indexer.outbox o ON o.id = d.signal_id
+             FOR UPDATE OF d SKIP LOCKED
+        ), judged AS (
+          SELECT h.*, CASE
+              WHEN busy_until IS NOT NULL THEN 'wait'
+              WHEN type IN ($6, $7) AND superseded_by IS NOT NULL THEN 'superseded'
+              WHEN type = $8 AND EXISTS (
+                     SELECT FROM indexer.delivery r JOIN indexer.outbox ro ON ro.id = r.signal_id
+                      WHERE r.brand = h.brand AND r.webhook = h.webhook AND r.signal_id = h.supersedes
+                        AND r.state = 'superseded' AND r.begun_at IS NULL
+                        AND NOT EXISTS (
+                          SELECT FROM indexer.outbox f
+                           WHERE f.aggregateid = h.aggregateid AND f.position > ro.position AND f.position < h.position
+                             AND f.type = $9)) THEN 'superseded'
+              WHEN type = ANY ($5) AND EXISTS (
+                     SELECT FROM indexer.outbox later
+                      WHERE later.aggregateid = h.aggregateid AND later.position > h.position) THEN 'dropped'
+              WHEN latched THEN 'wait'
+              WHEN next_at > now() THEN 'wait'
+              ELSE 'begin' END AS verdict, CASE
+              WHEN busy_until IS NOT NULL THEN busy_until
+              WHEN next_at > now() THEN next_at
+              WHEN latched THEN now() + interval '5 seconds'
+              ELSE now() + make_interval(secs => h.allowance) END AS until
+            FROM head h
+           CROSS JOIN LATERAL (
+             SELECT EXISTS (
+               SELECT FROM indexer.leg l JOIN indexer.chain c ON c.chain_id = l.chain_id
+                WHERE l.operation_id = h.aggregateid AND c.latch IS NOT NULL) AS latched) chain
+        ), closed AS (
+          UPDATE indexer.delivery d SET state = j.verdict, ended_at = now()
+            FROM judged j
+           WHERE d.brand = j.brand AND d.webhook = j.webhook AND d.signal_id = j.signal_id
+             AND j.verdict IN ('superseded', 'dropped')
+        ), begun AS (
+          UPDATE indexer.delivery d
+             SET attempts = d.attempts + 1, begun_at = now(), ended_at = NULL, next_at = j.until
+            FROM judged j
+           WHERE d.brand = j.brand AND d.webhook = j.webhook AND d.signal_id = j.signal_id AND j.verdict = 'begin'
+        ), called AS (
+          UPDATE indexer.delivery d SET next_at = now()
+            FROM judged j
+           WHERE d.brand = j.brand AND d.webhook = j.webhook AND d.aggregateid = j.aggregateid AND d.state = 'pending'
+             AND d.signal_id <> j.signal_id AND d.attempts = 0 AND d.next_at > now()
+             AND j.verdict IN ('superseded', 'dropped')
+        ), put_off AS (
+          UPDATE indexer.delivery d SET next_at = j.until
+            FROM judged j
+           WHERE d.brand = j.brand AND d.webhook = j.webhook AND d.aggregateid = j.aggregateid AND d.state = 'pending'
+             AND d.next_at < j.until
+             AND (j.verdict = 'wait' OR (j.verdict = 'begin' AND d.signal_id <> j.signal_id))
+        )
+        SELECT verdict, brand, webhook, signal_id, type, attempts + 1 AS number,
+               attempts = 0 AND begun_at IS NOT NULL AS replay,
+               CASE WHEN verdict = 'begin' THEN payload::text END AS body
+          FROM judged
+        """,
+        [room.brand for room in rooms],
+        [room.webhook for room in rooms],
+        [room.free for room in rooms],
+        [room.timeout + MARGIN for room in rooms],
+        sorted(HINTS),
+        READY,
+        RESTORED,
+        REVERTED,
+        FULFILLED,
+    )
+    attempts: list[Attempt] = []
+    closed: list[Closed] = []
+    for row in rows:
+        if row["verdict"] == "begin":
+            attempts.append(
+                Attempt(
+                    row["brand"],
+                    row["webhook"],
+                    row["signal_id"],
+                    row["type"],
+                    row["number"],
+                    row["replay"],
+                    row["body"],
+                )
+            )
+        elif row["verdict"] != "wait":
+            closed.append(Closed(row["brand"], row["webhook"], row["signal_id"], row["type"], row["verdict"]))
+    return Turn(attempts, closed, progress=bool(rows))
+
+
+async def next_due(conn: asyncpg.Connection, rooms: Sequence[Room]) -> float | None:
+    """Seconds until something falls due at one of these endpoints; None when nothing waits there."""
+    seconds: float | None = await conn.fetchval(
+        # delivery_due_idx, one row per endpoint
+        """
+        SELECT extract(epoch FROM min(d.next_at) - clock_timestamp())::float8
+          FROM unnest($1::text[], $2::text[]) AS room(brand, webhook)
+          JOIN indexer.webhook w ON w.brand = room.brand AND w.name = room.webhook AND w.active AND w.disabled_at IS NULL
+         CROSS JOIN LATERAL (
+           SELECT next_at FROM indexer.delivery d
+            WHERE d.brand = room.brand AND d.webhook = room.webhook AND d.state = 'pending'
+            ORDER BY next_at LIMIT 1) d
+        """,
+        [room.brand for room in rooms],
+        [room.webhook for room in rooms],
+    )
+    return seconds
+
+
+async def record(conn: asyncpg.Connection, outcomes: Sequence[Outcome]) -> list[FirstReady]:
+    """Stores what became of attempts, disables endpoints that are gone, and calls what waited behind a closed delivery.
+
+    Returns the `ready` signals that reached an endpoint for the first time, to be observed after the commit.
+    """
+    rows = await conn.fetch(
+        # delivery_pk; the attempt's number keeps a late outcome from overwriting a later attempt's
+        """
+        WITH outcome AS (
+          SELECT * FROM unnest($1::text[], $2::text[], $3::uuid[], $4::int[], $5::text[], $6::int[], $7::text[],
+                               $8::float8[], $9::bool[])
+                   AS o(brand, webhook, signal_id, number, state, status, error, retry_in, replay)
+        ), ended AS (
+          UPDATE indexer.delivery d
+             SET state = o.state, status = o.status, error = o.error, ended_at = now(),
+                 next_at = now() + make_interval(secs => o.retry_in)
+            FROM outcome o
+           WHERE d.brand = o.brand AND d.webhook = o.webhook AND d.signal_id = o.signal_id
+             AND d.state = 'pending' AND d.attempts = o.number
+          RETURNING d.brand, d.webhook, d.signal_id, d.aggregateid, d.type, d.state, o.replay
+        ), called AS (
+          UPDATE indexer.delivery d SET next_at = now()
+            FROM ended e
+           WHERE d.brand = e.brand AND d.webhook = e.webhook AND d.aggregateid = e.aggregateid AND d.state = 'pending'
+             AND d.signal_id <> e.signal_id AND d.attempts = 0 AND d.next_at > now() AND e.state <> 'pending'
+        )
+        SELECT DISTINCT ON (e.signal_id) e.brand,
+               coalesce(o.payload #>> '{data,operation,legs,0,kind}', 'unknown') AS kind,
+               greatest(0, extract(epoch FROM now() - o.created_at))::float8 AS seconds
+          FROM ended e JOIN indexer.outbox o ON o.id = e.signal_id
+         WHERE e.type = $10 AND e.state = 'delivered' AND NOT e.replay
+           AND NOT EXISTS (
+             SELECT FROM indexer.delivery other
+              WHERE other.signal_id = e.signal_id AND other.webhook <> e.webhook AND other.state = 'delivered')
+        """,
+        [o.attempt.brand for o in outcomes],
+        [o.attempt.webhook for o in outcomes],
+        [o.attempt.signal_id for o in outcomes],
+        [o.attempt.number for o in outcomes],
+        [o.state for o in outcomes],
+        [o.status for o in outcomes],
+        [o.error for o in outcomes],
+        [o.retry_in for o in outcomes],
+        [o.attempt.replay for o in outcomes],
+        READY,
+    )
+    for gone in {(o.attempt.brand, o.attempt.webhook): o for o in outcomes if o.gone}.values():
+        await conn.execute(
+            """
+            UPDATE indexer.webhook SET disabled_at = now(), disabled_reason = $3
+             WHERE brand = $1 AND name = $2 AND disabled_at IS NULL
+            """,
+            gone.attempt.brand,
+            gone.attempt.webhook,
+            gone.error,
+        )
+    return [FirstReady(row["brand"], row["kind"], row["seconds"]) for row in rows]

@@ -1,0 +1,315 @@
+"""Chain facts: decoded events, and the transactions that store them together with the cursor or coverage that speaks for them.
+
+Every function works on the connection it is given; the writing ones belong inside a leased transaction and never begin or
+commit by themselves. `commit_step` and `commit_range` also queue the touched blocks for the reconciler, and notify; what
+the facts mean is left to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import asyncpg
+import msgspec
+
+from indexer.model.types import Address, Header
+from indexer.store import chains, coverage, tables
+from indexer.store.coverage import HEAD_LANE, Covered, Verdict
+
+Row = tuple[Any, ...]
+
+#: The tables of decoded logs, in the order of `Decoded`'s fields.
+EVENT_TABLES = ("programmes", "movements", "transfers", "programme_events", "raw_logs")
+_TABLE = {
+    "programmes": tables.programme,
+    "movements": tables.movement,
+    "transfers": tables.transfer,
+    "programme_events": tables.programme_event,
+    "raw_logs": tables.raw_log,
+}
+_COLUMNS = {name: [c.name for c in table.columns] for name, table in _TABLE.items()}
+_KEY = {name: ", ".join(c.name for c in table.primary_key) for name, table in _TABLE.items()}
+_BLOCK = _COLUMNS["movements"].index("block_number")  # the leading columns are the same everywhere
+_SMALL = 200  # rows up to which single upserts in a pipeline beat COPY
+
+# The names come from the declaration, never from outside. A row that returns (the branch won after all) is canonical again.
+_ON_CONFLICT = {
+    name: f"ON CONFLICT ({_KEY[name]}) DO UPDATE SET canonical = true WHERE NOT {table.name}.canonical"
+    for name, table in _TABLE.items()
+}
+_UPSERT = {
+    name: f"INSERT INTO indexer.{table.name} ({', '.join(_COLUMNS[name])}) "  # noqa: S608
+    f"VALUES ({', '.join(f'${i + 1}' for i in range(len(_COLUMNS[name])))}) {_ON_CONFLICT[name]}"
+    for name, table in _TABLE.items()
+}
+_UNSTAGE = {
+    name: f"INSERT INTO indexer.{table.name} ({', '.join(_COLUMNS[name])}) "  # noqa: S608
+    f"SELECT DISTINCT ON ({_KEY[name]}) {', '.join(_COLUMNS[name])} FROM stage_{table.name} {_ON_CONFLICT[name]}"
+    for name, table in _TABLE.items()
+}
+
+
+class Rows(Protocol):
+    """Decoded logs as tuples in the column order of `tables.py`: what a decoder hands over."""
+
+    @property
+    def programmes(self) -> Sequence[Row]: ...
+    @property
+    def movements(self) -> Sequence[Row]: ...
+    @property
+    def transfers(self) -> Sequence[Row]: ...
+    @property
+    def programme_events(self) -> Sequence[Row]: ...
+    @property
+    def raw_logs(self) -> Sequence[Row]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What one step changed, for metrics and logs."""
+
+    events: int
+    orphaned_blocks: int = 0
+    orphaned_events: int = 0
+
+
+async def stored_events(
+    conn: asyncpg.Connection, chain_id: int, emitters: Sequence[bytes], low: int, high: int
+) -> dict[tuple[bytes, int], tuple[int, bytes]]:
+    """Canonical logs of the emitters in a range, in any of the event tables: (block hash, log index) → (number, emitter)."""
+    rows = await conn.fetch(
+        """
+        SELECT block_hash, log_index, block_number, emitter FROM indexer.programme
+        WHERE chain_id = $1 AND block_number BETWEEN $2 AND $3 AND canonical AND emitter = ANY($4::bytea[])
+        UNION SELECT block_hash, log_index, block_number, emitter FROM indexer.movement
+        WHERE chain_id = $1 AND block_number BETWEEN $2 AND $3 AND canonical AND emitter = ANY($4::bytea[])
+        UNION SELECT block_hash, log_index, block_number, emitter FROM indexer.transfer
+        WHERE chain_id = $1 AND block_number BETWEEN $2 AND $3 AND canonical AND emitter = ANY($4::bytea[])
+        UNION SELECT block_hash, log_index, block_number, emitter FROM indexer.programme_event
+        WHERE chain_id = $1 AND block_number BETWEEN $2 AND $3 AND canonical AND emitter = ANY($4::bytea[])
+        UNION SELECT block_hash, log_index, block_number, emitter FROM indexer.raw_log
+        WHERE chain_id = $1 AND block_number BETWEEN $2 AND $3 AND canonical AND emitter = ANY($4::bytea[])
+        """,
+        chain_id,
+        low,
+        high,
+        list(emitters),
+    )  # each branch leans on its table's primary key
+    return {(r["block_hash"], r["log_index"]): (r["block_number"], r["emitter"]) for r in rows}
+
+
+# --------------------------------------------------------------------------- writing facts
+
+
+async def commit_step(
+    conn: asyncpg.Connection,
+    chain_id: int,
+    *,
+    head: Header,
+    headers: Sequence[Header],
+    rows: Rows,
+    covered: Sequence[tuple[Verdict, int, int]],
+    mode: Literal["socket", "polling"],
+    orphan_above: int | None = None,
+    follow: tuple[Sequence[Address], int] | None = None,
+) -> Committed:
+    """One step of the follower: un-confirm what a reorganisation undid, store the new blocks, move the cursor to `head`.
+
+    `covered` are (verdict, low, high) of the head lane; `follow` names emitters that are in the filter from a block on.
+    Readers see the old branch or the new one, never a hole.
+    """
+    orphaned_blocks, orphaned_events, low, high = 0, 0, None, None
+    if orphan_above is not None:
+        orphaned_blocks, orphaned_events, low, high = await _unconfirm(conn, chain_id, orphan_above)
+        await coverage.forget_above(conn, chain_id, orphan_above)
+    numbers = await store_events(conn, chain_id, rows, followed=True)
+    if numbers:
+        low = min(numbers if low is None else (*numbers, low))
+        high = max(numbers if high is None else (*numbers, high))
+    if follow is not None and follow[0]:
+        await conn.execute(
+            """
+            UPDATE indexer.emitter SET followed_from = $3
+            WHERE chain_id = $1 AND address = ANY($2::bytea[]) AND followed_from IS NULL AND active
+            """,
+            chain_id,
+            list(follow[0]),
+            follow[1],
+        )
+    await coverage.cover(conn, chain_id, [Covered(HEAD_LANE, a, b, verdict) for verdict, a, b in covered])
+    await chains.store_headers(conn, chain_id, headers)
+    await conn.execute(
+        """
+        UPDATE indexer.chain SET head_number = $2, head_hash = $3, head_time_ms = $4, head_at = clock_timestamp(), mode = $5
+        WHERE chain_id = $1
+        """,
+        chain_id,
+        head.number,
+        head.hash,
+        head.time_ms,
+        mode,
+    )
+    await _announce(conn, chain_id, low, high, heads=True)
+    return Committed(len(numbers), orphaned_blocks, orphaned_events)
+
+
+async def commit_range(
+    conn: asyncpg.Connection,
+    chain_id: int,
+    *,
+    rows: Rows,
+    covered: Sequence[Covered],
+    headers: Sequence[Header] = (),
+    withdraw: Sequence[tuple[int, bytes, int]] = (),
+) -> Committed:
+    """A range below finalized: events and the coverage that speaks for them.
+
+    `withdraw` names stored logs (number, block hash, log index) that a second look proved wrong: they stop being canonical.
+    """
+    numbers = await store_events(conn, chain_id, rows, followed=False)
+    gone = await _withdraw(conn, chain_id, withdraw) if withdraw else 0
+    if headers:
+        await chains.store_headers(conn, chain_id, headers)
+    await coverage.cover(conn, chain_id, covered)
+    touched = [*numbers, *(number for number, _, _ in withdraw)]
+    await _announce(conn, chain_id, min(touched, default=None), max(touched, default=None), heads=False)
+    return Committed(len(numbers), orphaned_events=gone)
+
+
+async def store_events(conn: asyncpg.Connection, chain_id: int, rows: Rows, *, followed: bool) -> list[int]:
+    """Stores decoded rows and makes the tokens of new programmes emitters. Answers the rows' block numbers.
+
+    `followed`: the caller's filter, or its second fetch, included these tokens from their first block on.
+    """
+    numbers: list[int] = []
+    for name in EVENT_TABLES:
+        batch: Sequence[Row] = getattr(rows, name)
+        if not batch:
+            continue
+        numbers.extend(row[_BLOCK] for row in batch)
+        if name == "programme_events":  # args are JSON already: the connection's codec shall not quote them again
+            batch = [(*row[:-1], msgspec.Raw(row[-1].encode())) for row in batch]
+        if len(batch) <= _SMALL:
+            await conn.executemany(_UPSERT[name], batch)
+        else:
+            await _copy(conn, name, batch)
+    if rows.programmes:
+        await _new_tokens(conn, chain_id, rows.programmes, followed)
+    return numbers
+
+
+async def _copy(conn: asyncpg.Connection, name: str, batch: Sequence[Row]) -> None:
+    """COPY straight into the table; where some rows are there already, through a temporary one."""
+    table = _TABLE[name].name
+    try:
+        async with conn.transaction():  # a savepoint
+            await conn.copy_records_to_table(table, schema_name="indexer", columns=_COLUMNS[name], records=batch)
+    except asyncpg.UniqueViolationError:
+        await conn.execute(f"CREATE TEMP TABLE stage_{table} (LIKE indexer.{table} INCLUDING DEFAULTS) ON COMMIT DROP")
+        await conn.copy_records_to_table(f"stage_{table}", columns=_COLUMNS[name], records=batch)
+        await conn.execute(_UNSTAGE[name])
+        await conn.execute(f"DROP TABLE stage_{table}")
+
+
+async def _new_tokens(conn: asyncpg.Connection, chain_id: int, programmes: Sequence[Row], followed: bool) -> None:
+    columns = _COLUMNS["programmes"]
+    token, factory = columns.index("loyalty"), columns.index("factory")
+    first: dict[bytes, tuple[bytes, int]] = {}
+    for row in programmes:
+        if row[token] not in first or row[_BLOCK] < first[row[token]][1]:
+            first[row[token]] = (row[factory], row[_BLOCK])
+    # A configured factory or hub that announces itself stays what it is.
+    await conn.execute(
+        """
+        INSERT INTO indexer.emitter AS e (chain_id, address, kind, factory, start_block, followed_from)
+        SELECT $1, token, 'token', factory, block, CASE WHEN $5 THEN block END
+        FROM unnest($2::bytea[], $3::bytea[], $4::bigint[]) AS found (token, factory, block)
+        ON CONFLICT (chain_id, address) DO UPDATE
+        SET start_block = least(e.start_block, excluded.start_block),
+            followed_from = least(e.followed_from, excluded.followed_from), active = true
+        WHERE e.kind = 'token'
+        """,
+        chain_id,
+        list(first),
+        [f for f, _ in first.values()],
+        [b for _, b in first.values()],
+        followed,
+    )
+
+
+async def _unconfirm(conn: asyncpg.Connection, chain_id: int, ancestor: int) -> tuple[int, int, int | None, int | None]:
+    """Marks blocks and events above `ancestor`; answers (blocks, events, lowest and highest block with such an event)."""
+    # block_canonical_idx; the primary keys of the event tables
+    row = await conn.fetchrow(
+        """
+        WITH undone AS (
+            UPDATE indexer.block SET canonical = false WHERE chain_id = $1 AND number > $2 AND canonical RETURNING number
+        ), p AS (
+            UPDATE indexer.programme SET canonical = false WHERE chain_id = $1 AND block_number > $2 AND canonical RETURNING block_number
+        ), m AS (
+            UPDATE indexer.movement SET canonical = false WHERE chain_id = $1 AND block_number > $2 AND canonical RETURNING block_number
+        ), t AS (
+            UPDATE indexer.transfer SET canonical = false WHERE chain_id = $1 AND block_number > $2 AND canonical RETURNING block_number
+        ), e AS (
+            UPDATE indexer.programme_event SET canonical = false WHERE chain_id = $1 AND block_number > $2 AND canonical RETURNING block_number
+        ), r AS (
+            UPDATE indexer.raw_log SET canonical = false WHERE chain_id = $1 AND block_number > $2 AND canonical RETURNING block_number
+        ), gone AS (
+            SELECT block_number FROM p UNION ALL SELECT block_number FROM m UNION ALL SELECT block_number FROM t
+            UNION ALL SELECT block_number FROM e UNION ALL SELECT block_number FROM r
+        )
+        SELECT (SELECT count(*) FROM undone) AS blocks, count(*) AS events, min(block_number) AS low, max(block_number) AS high FROM gone
+        """,
+        chain_id,
+        ancestor,
+    )
+    assert row is not None
+    # safe is monotone but for this: what was safe on the branch that lost is not safe
+    await conn.execute(
+        """
+        UPDATE indexer.chain AS c SET safe_number = b.number, safe_hash = b.hash, safe_time_ms = b.time_ms
+        FROM (
+            SELECT number, hash, time_ms FROM indexer.block
+            WHERE chain_id = $1 AND number <= $2 AND canonical ORDER BY number DESC LIMIT 1
+        ) AS b
+        WHERE c.chain_id = $1 AND c.safe_number > $2
+        """,
+        chain_id,
+        ancestor,
+    )
+    return row["blocks"], row["events"], row["low"], row["high"]
+
+
+async def _withdraw(conn: asyncpg.Connection, chain_id: int, logs: Sequence[tuple[int, bytes, int]]) -> int:
+    arrays = ([n for n, _, _ in logs], [h for _, h, _ in logs], [i for _, _, i in logs])
+    total = 0
+    for table in _TABLE.values():
+        # the primary key, by block number
+        status = await conn.execute(
+            f"""
+            UPDATE indexer.{table.name} AS e SET canonical = false
+            FROM unnest($2::bigint[], $3::bytea[], $4::int[]) AS wrong (number, hash, log_index)
+            WHERE e.chain_id = $1 AND e.block_number = wrong.number AND e.log_index = wrong.log_index
+              AND e.block_hash = wrong.hash AND e.canonical
+            """,  # noqa: S608 — the table's name is ours
+            chain_id,
+            *arrays,
+        )
+        total += int(status.rpartition(" ")[2])
+    return total
+
+
+async def _announce(conn: asyncpg.Connection, chain_id: int, low: int | None, high: int | None, *, heads: bool) -> None:
+    """Queues the touched blocks for the reconciler, and wakes whoever listens."""
+    if low is not None:
+        await conn.execute(
+            "INSERT INTO indexer.touched_blocks (chain_id, from_block, to_block) VALUES ($1, $2, $3)",
+            chain_id,
+            low,
+            high,
+        )
+        await conn.execute("NOTIFY indexer_facts")
+    if heads:
+        await conn.execute("NOTIFY indexer_heads")

@@ -1,0 +1,135 @@
+"""The schema's version: bringing a database up to ours, and refusing to work on one that is not.
+
+Alembic keeps the version in `indexer.alembic_version`; the migrations lie in `migrations/` of the checkout and in
+`indexer/migrations` of the wheel. What the migrations contain is theirs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import asyncpg
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+    from sqlalchemy import Connection
+
+# Two replicas that migrate at once: the second waits, and finds nothing to do.
+_MIGRATING = 0x6C6F79616C7479  # 'loyalty'
+
+
+class MigrationFailed(Exception):
+    """PostgreSQL refused a migration, and nothing of it was stored: the message is PostgreSQL's."""
+
+
+class SchemaMismatch(Exception):
+    """The database's schema is not the one that this version works on: `found` and `expected` are revisions."""
+
+    def __init__(self, message: str, found: str | None, expected: str) -> None:
+        super().__init__(message)
+        self.found, self.expected = found, expected
+
+
+class SchemaBehind(SchemaMismatch):
+    def __init__(self, found: str | None, expected: str) -> None:
+        state = f"is at revision {found}" if found else "is empty"
+        super().__init__(
+            f"the database schema {state}, this version needs {expected}: run `indexer migrate`", found, expected
+        )
+
+
+class SchemaAhead(SchemaMismatch):
+    def __init__(self, found: str, expected: str) -> None:
+        super().__init__(
+            f"the database schema is at revision {found}, which this version (at {expected}) does not know: a newer "
+            "version ran `indexer migrate`; run that version, or a newer one",
+            found,
+            expected,
+        )
+
+
+def migrations_folder() -> Path:
+    """Where the migrations lie: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "migrations"
+    return inside if inside.is_dir() else package.parent / "migrations"
+
+
+def _config() -> Config:
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(migrations_folder()).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+@cache
+def _revisions() -> tuple[str, ...]:
+    """All revisions that this version knows, the head first."""
+    from alembic.script import ScriptDirectory  # costs 0.2 s: not on every import of the store
+
+    return tuple(script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions())
+
+
+def head() -> str:
+    """The revision that this version works on."""
+    return _revisions()[0]
+
+
+async def migrate(url: str, revision: str = "head") -> None:
+    """Bring the schema to `revision`: `head`, a later one by name, or an earlier one (`base` removes everything).
+
+    `url` is the owner's, and reaches PostgreSQL directly. Raises DatabaseUnavailable, MigrationFailed,
+    SchemaAhead.
+    """
+    from sqlalchemy.exc import DBAPIError
+    from sqlalchemy.ext.asyncio import create_async_engine
+    from sqlalchemy.pool import NullPool
+
+    from indexer.store.database import open_session
+
+    async def connect() -> asyncpg.Connection:
+        return await open_session(url, "indexer:migrate", command_timeout=None)
+
+    engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
+    try:
+        async with engine.connect() as connection:
+            await connection.exec_driver_sql(f"SELECT pg_advisory_lock({_MIGRATING})")
+            await connection.commit()
+            await connection.run_sync(_migrate, revision)
+    except DBAPIError as error:
+        raise MigrationFailed(f"the migration failed and changed nothing: {error.orig}") from error
+    finally:
+        await engine.dispose()
+
+
+def _migrate(connection: Connection, revision: str) -> None:
+    from alembic import command
+    from alembic.migration import MigrationContext
+
+    found = MigrationContext.configure(connection, opts={"version_table_schema": "indexer"}).get_current_revision()
+    connection.commit()
+    if found is not None and found not in _revisions():
+        raise SchemaAhead(found, head())
+    config = _config()
+    config.attributes["connection"] = connection
+    known = _revisions()  # newest first
+    target = known[0] if revision == "head" else revision
+    back = target == "base" or (found is not None and target in known and known.index(target) > known.index(found))
+    (command.downgrade if back else command.upgrade)(config, target)
+
+
+async def check(connection: asyncpg.Connection | asyncpg.pool.PoolConnectionProxy) -> None:
+    """Compare the database's revision with ours. Raises SchemaBehind, SchemaAhead."""
+    try:
+        found: str | None = await connection.fetchval("SELECT version_num FROM indexer.alembic_version")
+    except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
+        found = None
+    if found == head():
+        return
+    if found is None or found in _revisions():
+        raise SchemaBehind(found, head())
+    raise SchemaAhead(found, head())

@@ -1,0 +1,486 @@
+"""Schema `indexer`, declared once: what the daemon stores, and why each index exists.
+
+Private to the product: other programs read schema `loyalty` (`contract/*.sql`). Addresses and hashes are `bytea`, chain
+amounts `numeric(78,0)` (a uint256 has up to 78 digits), block times `bigint` milliseconds, machine times `timestamptz`.
+Alembic's migrations are tested against this declaration.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Numeric,
+    PrimaryKeyConstraint,
+    SmallInteger,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, INT8MULTIRANGE, JSONB, TIMESTAMP, UUID
+
+metadata = MetaData(
+    schema="indexer",
+    naming_convention={
+        "pk": "%(table_name)s_pk",
+        "fk": "%(table_name)s_%(column_0_N_name)s_fk",
+        "uq": "%(table_name)s_%(column_0_N_name)s_key",
+        "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+    },
+)
+
+Uint256 = Numeric(78, 0)
+Time = TIMESTAMP(timezone=True)
+NOW = text("clock_timestamp()")
+
+
+def _log_columns() -> list[Column[object]]:
+    """Where a log was seen: the columns that every table of decoded logs begins with."""
+    return [
+        Column("chain_id", BigInteger, nullable=False),
+        Column("block_number", BigInteger, nullable=False),
+        Column("log_index", Integer, nullable=False),
+        Column("block_hash", LargeBinary, nullable=False),
+        Column("block_time_ms", BigInteger, nullable=False),
+        Column("tx_hash", LargeBinary, nullable=False),
+        Column("tx_index", Integer, nullable=False),
+        Column("emitter", LargeBinary, nullable=False),
+        Column("canonical", Boolean, nullable=False, server_default=text("true")),
+    ]
+
+
+# --------------------------------------------------------------------------- the installation
+
+instance = Table(
+    "instance",
+    metadata,
+    Column("one", Boolean, primary_key=True, server_default=text("true")),
+    Column("stream", UUID, nullable=False),  # renewed by `indexer restored`: cursors of another history answer 409
+    Column("created_at", Time, nullable=False, server_default=NOW),
+)
+
+lease = Table(
+    "lease",
+    metadata,
+    Column("task", Text, primary_key=True),
+    Column("holder", UUID),
+    Column("epoch", BigInteger, nullable=False, server_default=text("0")),
+    # [{"pid": 123, "started": "…"}]: the backends that the holder writes with; a take-over terminates them first
+    Column("sessions", JSONB, nullable=False, server_default=text("'[]'::jsonb")),
+    Column("until", Time),
+)
+
+brand = Table(
+    "brand",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("configured_at", Time, nullable=False, server_default=NOW),
+    Column("unmatched_since", Time, nullable=False, server_default=NOW),
+    Column("last_sequence", BigInteger, nullable=False, server_default=text("0")),  # the sequencer's counter
+    Column("active", Boolean, nullable=False, server_default=text("true")),  # still in the configuration
+)
+
+issuer = Table(
+    "issuer",
+    metadata,
+    Column("address", LargeBinary, primary_key=True),  # an issuer belongs to one brand
+    Column("brand", Text, ForeignKey("brand.name"), nullable=False),
+)
+
+api_token = Table(
+    "api_token",
+    metadata,
+    Column("id", UUID, primary_key=True),
+    Column("hash", LargeBinary, nullable=False, unique=True),  # sha256 of the token: the token itself is shown once
+    Column("name", Text, nullable=False),
+    Column("brand", Text, ForeignKey("brand.name")),  # null: every brand
+    Column("scopes", ARRAY(Text), nullable=False),
+    Column("created_at", Time, nullable=False, server_default=NOW),
+    Column("revoked_at", Time),
+)
+
+# --------------------------------------------------------------------------- facts: a chain
+
+chain = Table(
+    "chain",
+    metadata,
+    Column("chain_id", BigInteger, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("genesis_hash", LargeBinary),
+    Column("head_number", BigInteger),  # the cursor: every block up to here, from `anchor` on, is in head coverage
+    Column("head_hash", LargeBinary),
+    Column("head_time_ms", BigInteger),
+    Column("head_at", Time),
+    Column("safe_number", BigInteger),
+    Column("safe_hash", LargeBinary),
+    Column("safe_time_ms", BigInteger),
+    Column("safe_at", Time),
+    Column("finalized_number", BigInteger),
+    Column("finalized_hash", LargeBinary),
+    Column("finalized_time_ms", BigInteger),
+    Column("finalized_at", Time),
+    Column("mode", Text),  # 'socket' | 'polling'
+    Column("schedule", JSONB),  # {"l2_time": s, "first_fast_block": n} where blocks follow Base's schedule
+    Column("latch", JSONB),  # a finality violation, both sides; no signals while it is set
+    Column("unmatched_cursor", BigInteger),  # evidence up to this block was looked at for settlement.unmatched
+    Column("history_complete", Boolean, nullable=False, server_default=text("false")),
+    Column("active", Boolean, nullable=False, server_default=text("true")),
+)
+
+# Headers above finalized (all of them when following a socket; range ends and blocks with our events when polling),
+# those of blocks with our events, and a checkpoint every thousand below.
+block = Table(
+    "block",
+    metadata,
+    Column("chain_id", BigInteger, nullable=False),
+    Column("number", BigInteger, nullable=False),
+    Column("hash", LargeBinary, nullable=False),
+    Column("parent_hash", LargeBinary, nullable=False),
+    Column("time_ms", BigInteger, nullable=False),
+    Column("canonical", Boolean, nullable=False, server_default=text("true")),
+    PrimaryKeyConstraint("chain_id", "number", "hash"),
+    Index("block_canonical_idx", "chain_id", "number", unique=True, postgresql_where=text("canonical")),
+)
+
+emitter = Table(
+    "emitter",
+    metadata,
+    Column("chain_id", BigInteger, nullable=False),
+    Column("address", LargeBinary, nullable=False),
+    Column("kind", Text, nullable=False),  # 'factory' | 'hub' | 'token'
+    Column("factory", LargeBinary, nullable=False),  # itself, for a factory
+    Column("start_block", BigInteger, nullable=False),
+    Column("followed_from", BigInteger),  # from this block on it is in the follower's filter; null: not yet
+    Column("active", Boolean, nullable=False, server_default=text("true")),
+    PrimaryKeyConstraint("chain_id", "address"),
+)
+
+# Which blocks were asked for, of whom, with which verdict. One row per verdict, the ranges as one multirange.
+# emitter '\x' is the follower's lane: it speaks for each emitter from that emitter's `followed_from` on.
+coverage = Table(
+    "coverage",
+    metadata,
+    Column("chain_id", BigInteger, nullable=False),
+    Column("emitter", LargeBinary, nullable=False),
+    # 'receipts_root' | 'gate' | 'second_endpoint' | 'second_look' | 'unverified'
+    Column("verdict", Text, nullable=False),
+    Column("blocks", INT8MULTIRANGE, nullable=False),
+    PrimaryKeyConstraint("chain_id", "emitter", "verdict"),
+)
+
+programme = Table(
+    "programme",
+    metadata,
+    *_log_columns(),
+    Column("factory", LargeBinary, nullable=False),
+    Column("issuer", LargeBinary, nullable=False),
+    Column("loyalty_id", LargeBinary, nullable=False),
+    Column("loyalty", LargeBinary, nullable=False),  # the programme's token contract
+    Column("name", Text, nullable=False),
+    Column("symbol", Text, nullable=False),
+    Column("media", Text, nullable=False),
+    Column("description", Text, nullable=False),
+    Column("contract_uri", Text, nullable=False),
+    Column("token_uri", Text, nullable=False),
+    PrimaryKeyConstraint("chain_id", "block_number", "log_index", "block_hash"),
+    Index("programme_token_idx", "chain_id", "loyalty"),
+    Index("programme_issuer_idx", "chain_id", "issuer", "loyalty_id"),
+)
+
+# PointsIssued and PointsRedeemed: what settles a Loyfin leg.
+movement = Table(
+    "movement",
+    metadata,
+    *_log_columns(),
+    Column("kind", Text, nullable=False),  # 'loyfin.issuance' | 'loyfin.redemption'
+    Column("factory", LargeBinary, nullable=False),
+    Column("issuer", LargeBinary, nullable=False),
+    Column("loyalty_id", LargeBinary, nullable=False),
+    Column("loyalty", LargeBinary, nullable=False),
+    Column("holder", LargeBinary, nullable=False),
+    Column("bucket", Uint256, nullable=False),  # tokenId in the event, expiresAt in the API: 0 never expires
+    Column("amount", Uint256, nullable=False),
+    Column("nonce", LargeBinary, nullable=False),
+    Column("operation_hash", LargeBinary),  # null for the zero hash
+    Column("data", LargeBinary, nullable=False),
+    # the primary key serves ranges of blocks: what a commit or a reorganisation touched
+    PrimaryKeyConstraint("chain_id", "block_number", "log_index", "block_hash"),
+    Index("movement_nonce_idx", "nonce"),  # the event of a leg with a nonce
+    Index("movement_operation_hash_idx", "operation_hash", postgresql_where=text("operation_hash IS NOT NULL")),
+    Index("movement_holder_idx", "holder", "loyalty"),  # balances of a wallet, and matching by wallet and amount
+)
+
+# LoyaltyTransfer, LoyaltyBatchTransfer (an item a row), and ERC-1155's own where a token emits them.
+transfer = Table(
+    "transfer",
+    metadata,
+    *_log_columns(),
+    Column("item", Integer, nullable=False),  # position in a batch; 0 for a single transfer
+    Column("source", Text, nullable=False),  # 'loyfin' | 'erc1155'
+    Column("loyalty", LargeBinary, nullable=False),
+    Column("operator", LargeBinary, nullable=False),
+    Column("sender", LargeBinary, nullable=False),
+    Column("recipient", LargeBinary, nullable=False),
+    Column("bucket", Uint256, nullable=False),
+    Column("amount", Uint256, nullable=False),
+    PrimaryKeyConstraint("chain_id", "block_number", "log_index", "item", "block_hash"),
+    Index("transfer_sender_idx", "sender", "loyalty"),
+    Index("transfer_recipient_idx", "recipient", "loyalty"),
+    Index("transfer_token_idx", "chain_id", "loyalty", "source"),
+)
+
+# Metadata, admin, royalty and capability events: by name, with their arguments.
+programme_event = Table(
+    "programme_event",
+    metadata,
+    *_log_columns(),
+    Column("loyalty", LargeBinary, nullable=False),
+    Column("event", Text, nullable=False),
+    Column("args", JSONB, nullable=False),  # bytes as 0x hex, integers as decimal strings
+    PrimaryKeyConstraint("chain_id", "block_number", "log_index", "block_hash"),
+    Index("programme_event_token_idx", "chain_id", "loyalty", "event"),
+)
+
+# Logs of known emitters that we could not read (yet), or only in part: `indexer redecode` reads them again.
+raw_log = Table(
+    "raw_log",
+    metadata,
+    *_log_columns(),
+    Column("topics", ARRAY(LargeBinary), nullable=False),
+    Column("data", LargeBinary, nullable=False),
+    Column("reason", Text, nullable=False),  # 'unknown_topic' | 'undecodable' | 'oversized'
+    Column("error", Text),
+    PrimaryKeyConstraint("chain_id", "block_number", "log_index", "block_hash"),
+)
+
+# --------------------------------------------------------------------------- operations
+
+operation = Table(
+    "operation",
+    metadata,
+    Column("id", UUID, primary_key=True),  # UUIDv5 of (brand, reference)
+    Column("brand", Text, ForeignKey("brand.name"), nullable=False),
+    Column("reference", Text, nullable=False),
+    Column("request", JSONB, nullable=False),  # the registration after normalising: the same again is idempotent
+    Column("metadata", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
+    Column("requested_at", Time, nullable=False),
+    Column("requested_at_stated", Boolean, nullable=False),
+    Column("registered_at", Time, nullable=False, server_default=NOW),
+    Column("state", Text, nullable=False, server_default=text("'pending'")),
+    Column("state_at", Time, nullable=False, server_default=NOW),
+    Column("generation", Integer, nullable=False, server_default=text("0")),
+    Column("cancelled_at", Time),  # the brand's wish, a fact; the reconciler makes the transition
+    # written by the reconciler with each transition: evidence, conflicting evidence, what is waited for
+    Column("detail", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
+    Column("standing_signal", UUID),  # the last `ready` or `restored` that no `reverted` superseded
+    Column("finalized_generation", Integer, nullable=False, server_default=text("0")),
+    UniqueConstraint("brand", "reference"),
+    Index("operation_state_idx", "brand", "state", "registered_at"),
+    Index("operation_open_idx", "state", "registered_at", postgresql_where=text("state IN ('pending','submitted','confirming','incomplete','ready','reverted','conflict')")),
+    # what was ready once and is not settled now: exposures
+    Index(
+        "operation_undone_idx",
+        "brand",
+        "state_at",
+        postgresql_where=text("generation > 0 AND state NOT IN ('ready', 'fulfilled')"),
+    ),
+    Index("operation_page_idx", "brand", "registered_at", "id"),
+)
+
+leg = Table(
+    "leg",
+    metadata,
+    Column("operation_id", UUID, ForeignKey("operation.id"), nullable=False),
+    Column("leg", SmallInteger, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("match", Text, nullable=False),  # 'nonce' | 'operation_hash' | 'wallet_amount'
+    Column("chain_id", BigInteger),
+    Column("factory", LargeBinary),
+    Column("issuer", LargeBinary),
+    Column("holder", LargeBinary),
+    Column("loyalty_id", LargeBinary),
+    Column("bucket", Uint256),  # the brand's expiresAt
+    Column("amount", Uint256, nullable=False),
+    Column("deadline", Uint256),
+    Column("nonce", LargeBinary),
+    Column("operation_hash", LargeBinary),  # null for none or zero
+    Column("wallet_id", Text),  # partner legs
+    Column("requested_at", Time, nullable=False),  # the operation's: the window of wallet_amount
+    # an expired or cancelled operation gives its nonce free; it is still watched
+    Column("released", Boolean, nullable=False, server_default=text("false")),
+    PrimaryKeyConstraint("operation_id", "leg"),
+    Index(
+        "leg_nonce_idx",
+        "chain_id", "factory", "kind", "issuer", "nonce",
+        unique=True,
+        postgresql_where=text("nonce IS NOT NULL AND NOT released"),
+    ),
+    Index("leg_any_nonce_idx", "nonce", postgresql_where=text("nonce IS NOT NULL")),
+    Index("leg_operation_hash_idx", "operation_hash", postgresql_where=text("operation_hash IS NOT NULL")),
+    Index("leg_wallet_idx", "holder", "amount", postgresql_where=text("match = 'wallet_amount'")),
+)
+
+# The stored pairing of one piece of evidence and one leg: unique on both sides (promise 2).
+claim = Table(
+    "claim",
+    metadata,
+    Column("operation_id", UUID, ForeignKey("operation.id"), nullable=False),
+    Column("leg", SmallInteger, nullable=False),
+    Column("evidence_id", UUID, nullable=False, unique=True),  # UUIDv5 of the evidence's identity
+    Column("chain_id", BigInteger, nullable=False),
+    Column("block_number", BigInteger, nullable=False),
+    Column("log_index", Integer, nullable=False),
+    Column("block_hash", LargeBinary, nullable=False),
+    Column("basis", Text, nullable=False),  # 'nonce' | 'operation_hash' | 'wallet_amount' | 'decision'
+    Column("ambiguous", Boolean, nullable=False, server_default=text("false")),
+    Column("final", Boolean, nullable=False, server_default=text("false")),  # `ready` has left
+    Column("claimed_at", Time, nullable=False, server_default=NOW),
+    PrimaryKeyConstraint("operation_id", "leg"),
+    Index("claim_log_idx", "chain_id", "block_number", "log_index", "block_hash", unique=True),
+)
+
+# A person's word on a conflicting or ambiguous piece of evidence: a recorded fact.
+decision = Table(
+    "decision",
+    metadata,
+    Column("id", UUID, primary_key=True, server_default=text("gen_random_uuid()")),
+    Column("operation_id", UUID, ForeignKey("operation.id"), nullable=False),
+    Column("evidence_id", UUID, nullable=False),
+    Column("leg", SmallInteger, nullable=False, server_default=text("0")),
+    Column("accept", Boolean, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("decided_at", Time, nullable=False, server_default=NOW),
+    Index("decision_operation_idx", "operation_id"),
+    Index("decision_evidence_idx", "evidence_id"),
+)
+
+# The brand's word that it handed over: kept whatever became of the generation meanwhile.
+receipt = Table(
+    "receipt",
+    metadata,
+    Column("operation_id", UUID, ForeignKey("operation.id"), nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("outcome", Text, nullable=False),  # 'fulfilled' | 'reverted' | 'claim_lapsed'
+    Column("receipt", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
+    Column("claim", UUID),
+    Column("actor", Text, nullable=False),
+    Column("recorded_at", Time, nullable=False, server_default=NOW),
+    PrimaryKeyConstraint("operation_id", "generation"),
+)
+
+history = Table(
+    "history",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("operation_id", UUID, ForeignKey("operation.id"), nullable=False),
+    Column("from_state", Text),  # null: registered
+    Column("to_state", Text, nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("cause", Text, nullable=False),
+    Column("detail", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
+    Column("at", Time, nullable=False, server_default=NOW),
+    Index("history_operation_idx", "operation_id", "id"),
+)
+
+# --------------------------------------------------------------------------- the reconciler's queues
+
+# Blocks whose facts came or went: written in the transaction of the facts, spread to operations by the reconciler.
+touched_blocks = Table(
+    "touched_blocks",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("chain_id", BigInteger, nullable=False),
+    Column("from_block", BigInteger, nullable=False),
+    Column("to_block", BigInteger, nullable=False),
+)
+
+# Operations to look at again. Not unique on purpose: an open transaction that put one here must not stop another.
+touched_operation = Table(
+    "touched_operation",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("operation_id", UUID, nullable=False),
+    Index("touched_operation_operation_idx", "operation_id"),
+)
+
+# What an operation waits for: looked at again when the axis of its chain passes the threshold.
+alarm = Table(
+    "alarm",
+    metadata,
+    Column("operation_id", UUID, ForeignKey("operation.id"), nullable=False),
+    Column("chain_id", BigInteger, nullable=False),  # 0 for the clock
+    # 'head_time_ms' | 'safe_number' | 'finalized_number' | 'finalized_time_ms' | 'clock_ms'
+    Column("axis", Text, nullable=False),
+    Column("threshold", BigInteger, nullable=False),
+    PrimaryKeyConstraint("operation_id", "chain_id", "axis"),
+    Index("alarm_due_idx", "chain_id", "axis", "threshold"),
+)
+
+# --------------------------------------------------------------------------- signals
+
+# Debezium's outbox columns (id, aggregatetype, aggregateid, type, payload) and ours.
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("position", BigInteger, Identity(always=True), primary_key=True),
+    Column("id", UUID, nullable=False, unique=True),
+    Column("brand", Text, nullable=False),
+    Column("aggregatetype", Text, nullable=False),  # 'operation' | 'evidence'
+    Column("aggregateid", UUID, nullable=False),
+    Column("type", Text, nullable=False),
+    Column("payload", JSONB, nullable=False),  # the sequencer writes data.sequence into it
+    Column("generation", Integer, nullable=False, server_default=text("0")),
+    Column("supersedes", UUID),
+    Column("superseded_by", UUID),
+    Column("sequence", BigInteger),  # gapless per brand; null: not numbered yet, so not visible outside
+    Column("created_at", Time, nullable=False, server_default=NOW),
+    Index("outbox_unnumbered_idx", "position", postgresql_where=text("sequence IS NULL")),
+    Index("outbox_sequence_idx", "brand", "sequence", unique=True),
+    Index("outbox_aggregate_idx", "aggregateid", "position"),
+)
+
+webhook = Table(
+    "webhook",
+    metadata,
+    Column("brand", Text, ForeignKey("brand.name"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("events", ARRAY(Text), nullable=False),
+    Column("active", Boolean, nullable=False, server_default=text("true")),  # still in the configuration
+    Column("after_sequence", BigInteger, nullable=False, server_default=text("0")),  # a new endpoint starts at now
+    Column("disabled_at", Time),
+    Column("disabled_reason", Text),
+    PrimaryKeyConstraint("brand", "name"),
+)
+
+delivery = Table(
+    "delivery",
+    metadata,
+    Column("brand", Text, nullable=False),
+    Column("webhook", Text, nullable=False),
+    Column("signal_id", UUID, nullable=False),
+    Column("aggregateid", UUID, nullable=False),
+    Column("sequence", BigInteger, nullable=False),
+    Column("type", Text, nullable=False),
+    # 'pending' | 'delivered' | 'superseded' | 'dropped' (a hint that came too late) | 'dead'
+    Column("state", Text, nullable=False, server_default=text("'pending'")),
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    Column("next_at", Time, nullable=False, server_default=NOW),
+    Column("begun_at", Time),  # of the last attempt
+    Column("ended_at", Time),
+    Column("status", Integer),  # HTTP status of the last attempt
+    Column("error", Text),
+    PrimaryKeyConstraint("brand", "webhook", "signal_id"),
+    Index("delivery_due_idx", "brand", "webhook", "next_at", postgresql_where=text("state = 'pending'")),
+    Index("delivery_order_idx", "brand", "webhook", "aggregateid", "sequence", postgresql_where=text("state = 'pending'")),
+    Index("delivery_signal_idx", "signal_id"),
+)

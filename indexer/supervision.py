@@ -1,0 +1,105 @@
+"""Keeps loops running: each under its lease, restarted with back-off when it fails, while the others go on.
+
+A loop that fails says so once per failure, in the log, in a counter and in `/v1/status`. systemd hears that the process
+is ready, alive and stopping. What the loops do is theirs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Final
+
+import structlog
+
+from indexer.store.leases import Lease, LeaseLost, Leases
+from indexer.telemetry import Metrics
+
+FIRST_PAUSE: Final = 0.25  # seconds
+LONGEST_PAUSE: Final = 30.0
+GOOD_RUN: Final = 60.0  # a loop that ran so long has recovered: its next failure is a first one
+
+log = structlog.get_logger(__name__)
+
+Body = Callable[[Lease], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class TaskState:
+    """What `/v1/status` shows of one loop of this process."""
+
+    state: str = "waiting"  # waiting (for the lease) | running | failed
+    since: datetime = field(default_factory=lambda: datetime.now(UTC))
+    restarts: int = 0
+    problem: str | None = None
+
+    def become(self, state: str) -> None:
+        self.state, self.since = state, datetime.now(UTC)
+
+
+class Supervisor:
+    """Restarts what fails. One per process."""
+
+    def __init__(self, leases: Leases, metrics: Metrics, rng: random.Random) -> None:
+        self.tasks: dict[str, TaskState] = {}
+        self._leases, self._metrics, self._rng = leases, metrics, rng
+
+    async def keep(self, task: str, body: Body) -> None:
+        """Holds the lease and runs the body, for ever; ends only by cancellation."""
+        state = self.tasks.setdefault(task, TaskState())
+        pause = FIRST_PAUSE
+        loop = asyncio.get_running_loop()
+        while True:
+            started = loop.time()
+            try:
+                state.become("waiting")
+                async with self._leases.hold(task) as lease:
+                    started = loop.time()
+                    state.become("running")
+                    self._metrics.leases.labels(task).set(1)
+                    log.info("task begins", task=task, epoch=lease.epoch)
+                    await body(lease)
+                state.problem = None
+            except LeaseLost as error:
+                self._metrics.leases_lost.labels(task).inc()
+                log.warning("stepped down", task=task, reason=error.why)
+            except Exception as error:
+                state.become("failed")
+                state.problem = f"{type(error).__name__}: {error}"
+                self._metrics.loop_restarts.labels(task, type(error).__name__).inc()
+                known = getattr(error, "explains_itself", False) or isinstance(error, (OSError, asyncio.TimeoutError))
+                log.error("task failed", task=task, error=state.problem, retry_seconds=round(pause, 2), exc_info=not known)
+            finally:
+                self._metrics.leases.labels(task).set(0)
+            state.restarts += 1
+            if loop.time() - started > GOOD_RUN:
+                pause = FIRST_PAUSE
+            await asyncio.sleep(pause * self._rng.uniform(0.5, 1.0))
+            pause = min(pause * 2, LONGEST_PAUSE)
+
+
+def notify(message: str) -> None:
+    """Tells systemd (sd_notify(3)): READY=1, STOPPING=1, WATCHDOG=1, STATUS=…. Nothing where there is no systemd."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+        try:
+            sender.sendto(message.encode(), "\0" + address[1:] if address.startswith("@") else address)
+        except OSError as error:
+            log.warning("systemd does not hear us", reason=str(error))
+
+
+async def watchdog() -> None:
+    """Says WATCHDOG=1 at half the interval that systemd asks for; the event loop that stands still says nothing."""
+    interval = int(os.environ.get("WATCHDOG_USEC", "0")) / 1_000_000
+    if not interval or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return
+    while True:
+        notify("WATCHDOG=1")
+        await asyncio.sleep(interval / 2)

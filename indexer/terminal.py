@@ -1,0 +1,180 @@
+"""What commands print: tables for people on standard output, one JSON document for programs, complaints on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import structlog
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+LOG_SECONDS = 10.0  # between log lines of a backfill where there is no terminal
+
+log = structlog.get_logger(__name__)
+
+
+def answer(document: Any, as_json: bool, text: Callable[[Any], str | Table]) -> None:
+    """Prints the document as JSON, or what `text` makes of it."""
+    if as_json:
+        sys.stdout.write(json.dumps(document, default=_default, ensure_ascii=False) + "\n")
+        return
+    made = text(document)
+    console = Console(soft_wrap=not isinstance(made, Table), highlight=False)
+    console.print(made, markup=False) if isinstance(made, str) else console.print(made)
+
+
+def _default(value: object) -> object:
+    try:
+        return json.loads(bytes(value))  # type: ignore[call-overload]
+    except TypeError:
+        return str(value)
+
+
+def warn(message: str) -> None:
+    sys.stderr.write(f"warning: {message}\n")
+
+
+def complain(message: str, detail: Any = None) -> None:
+    sys.stderr.write(f"indexer: {message}\n")
+    if detail:
+        sys.stderr.write(json.dumps(detail, ensure_ascii=False) + "\n")
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def operations_text(page: dict[str, Any]) -> Table:
+    table = _table("id", "brand", "reference", "status", "generation", "registered")
+    for row in page["data"]:
+        table.add_row(row["id"], row["brand"], row["reference"], row["status"], str(row["generation"]), row["registeredAt"])
+    if page.get("nextCursor"):
+        table.caption = f"more: --cursor {page['nextCursor']}"
+    return table
+
+
+def operation_text(row: dict[str, Any]) -> str:
+    lines = [
+        f"{row['reference']}  {row['status']}, generation {row['generation']}",
+        f"  id          {row['id']}",
+        f"  brand       {row['brand']}",
+        f"  registered  {row['registeredAt']}",
+    ]
+    for number, leg in enumerate(row["legs"]):
+        lines.append(f"  leg {number}       {leg['kind']} {leg['amount']} of {leg.get('loyaltyId', '')} for {leg.get('holder', leg.get('walletId', ''))}")
+    for evidence in row["evidence"]:
+        lines.append(
+            f"  evidence    {evidence['evidenceId']}  leg {evidence['leg']}, {evidence['basis']}, {evidence['confidence']}, "
+            f"block {evidence['blockNumber']}, tx {evidence['txHash']}"
+        )
+    for conflict in row["conflicts"]:
+        terms = "; ".join(f"{d['term']}: expected {d['expected']}, found {d['found']}" for d in conflict["differences"])
+        lines.append(f"  conflict    {conflict['evidenceId']}  leg {conflict['leg']}: {terms or 'several legs fit, or it came too late'}")
+    for waiting in row["waitingFor"]:
+        lines.append(f"  waits for   {waiting['for']} of leg {waiting['leg']} ({waiting['confidence']})")
+    for step in row.get("history") or []:
+        lines.append(f"  {step['at']}  {step['from'] or '(registered)'} -> {step['to']}  {step['cause']}")
+    for receipt in row.get("receipts") or []:
+        lines.append(f"  receipt     generation {receipt['generation']}: {receipt['outcome']} at {receipt['recordedAt']}")
+    return "\n".join(lines)
+
+
+def tokens_text(document: dict[str, Any]) -> Table:
+    table = _table("id", "name", "brand", "scopes", "created", "revoked")
+    for row in document["data"]:
+        table.add_row(
+            row["id"], row["name"], row["brand"] or "every", " ".join(row["scopes"]), row["createdAt"], row["revokedAt"] or ""
+        )
+    return table
+
+
+def balances_text(document: dict[str, Any]) -> Table:
+    table = _table("chain", "programme", "issuer", "expires", "balance", "source", "history")
+    for row in document["data"]:
+        table.add_row(
+            row["chainId"],
+            f"{row['name']} ({row['symbol']})",
+            row["issuer"],
+            "never" if row["expiresAt"] == "0" else row["expiresAt"],
+            row["balance"],
+            row["source"],
+            "complete" if row["historyComplete"] else "incomplete",
+        )
+    return table
+
+
+def status_text(seen: dict[str, Any]) -> str:
+    lines = [f"schema {seen['schema']}, PostgreSQL {seen['postgresql']}, stream {seen['stream']}"]
+    for chain in seen["chains"]:
+        lines.append(f"chain {chain['name']} ({chain['chainId']}), {chain['mode'] or 'not followed yet'}")
+        for level in ("head", "safe", "finalized"):
+            head = chain[level]
+            if head:
+                lag = "" if head["lagSeconds"] is None else f", {head['lagSeconds']:.1f} s behind"
+                lines.append(f"  {level:<10}{head['number']}{lag}")
+        history = chain["history"]
+        ratio = "" if history["ratio"] is None else f" ({history['ratio']:.1%})"
+        lines.append(f"  history   {'complete' if history['complete'] else 'incomplete'}{ratio}, {history['emitters']} emitters")
+        if chain["latch"] is not None and bytes(chain["latch"]) != b"null":
+            lines.append(f"  FINALITY VIOLATION: no signals for this chain. {bytes(chain['latch']).decode()}")
+    for unsent in seen["unsent"]:
+        lines.append(f"brand {unsent['brand']}: oldest unsent signal {unsent['seconds']:.0f} s old")
+    for lease in seen["leases"]:
+        lines.append(f"task {lease['task']:<18}{'held by ' + str(lease['holder']) if lease['held'] else 'free'} (epoch {lease['epoch']})")
+    return "\n".join(lines)
+
+
+class BackfillProgress:
+    """Blocks of history done, with rate and time left: a bar on a terminal, a log line now and then elsewhere."""
+
+    def __init__(self, bars: Progress | None) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+        self._begun: dict[str, tuple[float, int]] = {}
+        self._told: dict[str, float] = {}
+
+    def __call__(self, chain: str, done: int, total: int, events: int) -> None:
+        """Of a chain: blocks covered and to cover in this run, and events found."""
+        now = time.monotonic()
+        begun, first = self._begun.setdefault(chain, (now, done))
+        rate = (done - first) / (now - begun) if now > begun else 0.0
+        if self._bars is not None:
+            if chain not in self._tasks:
+                self._tasks[chain] = self._bars.add_task(chain, total=total, rate="", events=0)
+            self._bars.update(self._tasks[chain], completed=done, total=total, rate=f"{rate:,.0f} blocks/s", events=events)
+            if done >= total:
+                self._bars.remove_task(self._tasks.pop(chain))
+                self._begun.pop(chain)
+        elif done >= total or now - self._told.get(chain, 0.0) >= LOG_SECONDS:
+            self._told[chain] = now
+            left = round((total - done) / rate) if rate else None
+            log.info("history", chain=chain, blocks=done, of=total, events=events, blocks_per_second=round(rate), seconds_left=left)
+            if done >= total:
+                self._begun.pop(chain)
+
+
+@contextmanager
+def backfill_progress() -> Iterator[BackfillProgress]:
+    """A progress bar where standard error is a terminal."""
+    if not sys.stderr.isatty():
+        yield BackfillProgress(None)
+        return
+    bars = Progress(
+        TextColumn("history of {task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %  {task.fields[events]} events  {task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with bars:
+        yield BackfillProgress(bars)

@@ -1,0 +1,140 @@
+"""Fixtures that every ring shares: one real PostgreSQL per worker, one fresh migrated database per test.
+
+`TEST_DATABASE_URL` (a role that may create roles and databases) replaces the embedded server, `INDEXER_PG_BIN` its
+programs: so the matrix of PostgreSQL 15 to 18 runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import pytest
+
+from indexer.store import schema
+from indexer.store.database import Database
+from indexer.store.embedded import EmbeddedPostgres
+
+_FOREIGN_ROLES = """
+DO $$
+DECLARE wanted text;
+BEGIN
+  PERFORM pg_advisory_xact_lock(7237);
+  FOREACH wanted IN ARRAY ARRAY['loyalty_daemon', 'loyalty_reader', 'loyalty_brand'] LOOP
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = wanted) THEN EXECUTE format('CREATE ROLE %I', wanted); END IF;
+  END LOOP;
+  IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'indexer_test') THEN
+    CREATE ROLE indexer_test LOGIN PASSWORD 'indexer_test' IN ROLE loyalty_daemon, loyalty_reader;
+  END IF;
+END $$
+"""
+
+
+@dataclass
+class Postgres:
+    """A server for tests: `url(database)` is the daemon's, `owner_url(database)` creates and migrates."""
+
+    _daemon: str
+    _owner: str
+    pid: int | None  # of the embedded postmaster
+    _template: str | None = None
+    _names: itertools.count[int] = field(default_factory=itertools.count)
+    _run: str = field(default_factory=lambda: secrets.token_hex(4))
+
+    def url(self, database: str) -> str:
+        return urlunsplit(urlsplit(self._daemon)._replace(path=f"/{database}"))
+
+    def owner_url(self, database: str) -> str:
+        return urlunsplit(urlsplit(self._owner)._replace(path=f"/{database}"))
+
+    async def execute(self, statement: str) -> None:
+        connection = await asyncpg.connect(self._owner)
+        try:
+            await connection.execute(statement)
+        finally:
+            await connection.close()
+
+    async def migrated_template(self) -> str:
+        """The database that every test's is copied from; migrated once per worker."""
+        if self._template is None:
+            name = f"template_{self._run}"
+            await self.execute(f"CREATE DATABASE {name}")
+            await schema.migrate(self.owner_url(name))
+            self._template = name
+        return self._template
+
+    async def drop_template(self) -> None:
+        if self._template is not None:
+            await self.execute(f"DROP DATABASE {self._template} WITH (FORCE)")
+
+    @asynccontextmanager
+    async def fresh_database(self, *, migrated: bool = True) -> AsyncIterator[str]:
+        """The name of a database that nobody else uses, dropped at the end."""
+        name = f"test_{self._run}_{next(self._names)}"
+        template = await self.migrated_template() if migrated else "template1"
+        await self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        try:
+            yield name
+        finally:
+            with suppress(asyncpg.PostgresConnectionError, OSError):  # a test may have killed the server
+                await self.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+async def postgres() -> AsyncIterator[Postgres]:
+    """One server per worker: embedded with fsync off, dying with this process; or the one of TEST_DATABASE_URL."""
+    if given := os.environ.get("TEST_DATABASE_URL"):
+        parts = urlsplit(given)
+        host = parts.netloc.rpartition("@")[2]
+        daemon = urlunsplit(parts._replace(netloc=f"indexer_test:indexer_test@{host}"))
+        server = Postgres(daemon, given, None)
+        await server.execute(_FOREIGN_ROLES)
+        try:
+            yield server
+        finally:
+            await server.drop_template()
+        return
+    state = Path(tempfile.mkdtemp(prefix="indexer-test-"))  # short, and open to the account that runs the server
+    state.chmod(0o711)
+    try:
+        async with EmbeddedPostgres(
+            state, durable=False, settings={"shared_buffers": "64MB", "max_connections": "200"}
+        ) as embedded:
+            yield Postgres(embedded.dsn("indexer"), embedded.dsn("indexer_owner"), embedded.pid)
+    finally:
+        shutil.rmtree(state, ignore_errors=True)
+
+
+@pytest.fixture
+async def database_name(postgres: Postgres) -> AsyncIterator[str]:
+    """The name of this test's own migrated database."""
+    async with postgres.fresh_database() as name:
+        yield name
+
+
+@pytest.fixture
+def dsn(postgres: Postgres, database_name: str) -> str:
+    """The daemon's URL of this test's own migrated database (no superuser, not the owner)."""
+    return postgres.url(database_name)
+
+
+@pytest.fixture
+def owner_dsn(postgres: Postgres, database_name: str) -> str:
+    """The owner's URL of the same database: for migrations, roles and what the daemon may not do."""
+    return postgres.owner_url(database_name)
+
+
+@pytest.fixture
+async def database(dsn: str) -> AsyncIterator[Database]:
+    """A Database on this test's own migrated database."""
+    async with await Database.connect(dsn) as connected:
+        yield connected

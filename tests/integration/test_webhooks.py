@@ -1,0 +1,743 @@
+"""Deliveries over real sockets: signed, at least once, in order within an operation, and a sick endpoint is alone with it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from aiohttp import web
+from standardwebhooks import Webhook as Verifier
+from standardwebhooks import WebhookVerificationError
+
+from indexer.model.signal import Signal
+from indexer.signals.attempts import Endpoint, send_test
+from indexer.signals.targets import networks, system_lookup
+from indexer.signals.webhooks import TASK, Dispatcher
+from indexer.store import signals
+from indexer.store.database import Database
+from indexer.store.leases import Lease, LeaseLost, Leases
+from indexer.store.signals import WebhookRow
+from indexer.store.wakeups import Wakeups
+from indexer.telemetry import Metrics
+
+SECRET = "whsec_" + "c2lnbmluZyBzZWNyZXQgb2YgdGhlIHRlc3RzIQ=="
+OLD_SECRET = "whsec_" + "YW4gb2xkZXIgc2VjcmV0IG9mIHRoZSB0ZXN0cw=="
+LOOPBACK = networks(["127.0.0.0/8"])
+SOON = (0.02,) * 12  # the schedule of three days, compressed
+NEVER = (3600.0,) * 12
+
+
+@dataclass
+class Received:
+    """A request as it came."""
+
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def id(self) -> UUID:
+        return UUID(self.headers["webhook-id"])
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def operation(self) -> str:
+        return str(self.json["data"]["operation"]["id"])
+
+
+Script = Callable[[Received], Awaitable[web.StreamResponse | None]]
+
+
+async def fine(_: Received) -> web.Response:
+    return web.Response(status=204)
+
+
+class Receiver:
+    """A brand's endpoint, answering by script; None drops the connection. Counts what runs at the same time."""
+
+    def __init__(self) -> None:
+        self.requests: list[Received] = []
+        self.scripts: dict[str, Script] = {}
+        self.running: Counter[tuple[str, str]] = Counter()
+        self.overlaps = 0
+        self.most_at_once = 0
+        self.url = ""
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        headers = {key.lower(): value for key, value in request.headers.items()}
+        received = Received(request.path, headers, await request.read())
+        self.requests.append(received)
+        key = (received.path, received.operation) if "operation" in received.json["data"] else (received.path, "")
+        self.running[key] += 1
+        self.overlaps += self.running[key] > 1
+        self.most_at_once = max(self.most_at_once, self.running.total())
+        try:
+            answer = await self.scripts.get(received.path, fine)(received)
+        finally:
+            self.running[key] -= 1
+        if answer is None:
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
+        return answer
+
+    def types(self, path: str = "/shop") -> list[str]:
+        return [request.json["type"] for request in self.requests if request.path == path]
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    made = Receiver()
+    app = web.Application()
+    app.router.add_route("*", "/{tail:.*}", made.handle)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    made.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    yield made
+    await runner.cleanup()
+
+
+async def until(condition: Callable[[], Awaitable[bool] | bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        met = condition()
+        if met if isinstance(met, bool) else await met:
+            return
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        await asyncio.sleep(0.005)
+
+
+@dataclass
+class House:
+    """The sending side: an outbox in a real database, and dispatchers on it."""
+
+    database: Database
+    receiver: Receiver
+    metrics: Metrics = field(default_factory=Metrics)
+    wakeups: Wakeups = field(default_factory=Wakeups)
+
+    def endpoint(self, name: str = "shop", **changes: Any) -> Endpoint:
+        given = {"url": f"{self.receiver.url}/{name}", "secrets": (SECRET,), "allow": LOOPBACK, "timeout": 5.0}
+        return Endpoint(brand="bloom", name=name, **{**given, **changes})
+
+    async def configure(self, *endpoints: Endpoint) -> None:
+        rows = [WebhookRow(endpoint.brand, endpoint.name, endpoint.events) for endpoint in endpoints]
+        async with self.database.pool.acquire() as conn, conn.transaction():
+            await signals.sync_webhooks(conn, rows)
+
+    @asynccontextmanager
+    async def dispatching(
+        self, *endpoints: Endpoint, schedule: Sequence[float] = SOON, **options: Any
+    ) -> AsyncIterator[Dispatcher]:
+        await self.configure(*endpoints)
+        dispatcher = Dispatcher(endpoints, metrics=self.metrics, schedule=schedule, **options)
+        async with Leases(self.database).hold(TASK) as lease:
+            running = asyncio.create_task(dispatcher.run(lease, self.wakeups))
+            try:
+                yield dispatcher
+                assert not running.done() or running.exception() is None
+            finally:
+                running.cancel()
+                with suppress(asyncio.CancelledError):
+                    await running
+                await dispatcher.close()
+
+    async def commit(self, *new: Signal) -> None:
+        async with self.database.pool.acquire() as conn, conn.transaction():
+            await signals.append(conn, new)
+
+    async def number(self) -> None:
+        async with self.database.pool.acquire() as conn, conn.transaction():
+            await signals.number(conn)
+        self.wakeups.poke("numbered")
+
+    async def send(self, *new: Signal) -> None:
+        await self.commit(*new)
+        await self.number()
+
+    async def states(self, webhook: str = "shop") -> dict[UUID, str]:
+        rows = await self.database.pool.fetch(
+            "SELECT signal_id, state FROM indexer.delivery WHERE webhook = $1", webhook
+        )
+        return {row["signal_id"]: row["state"] for row in rows}
+
+    async def row(self, signal: Signal, webhook: str = "shop") -> Any:
+        return await self.database.pool.fetchrow(
+            "SELECT *, next_at - ended_at AS pause FROM indexer.delivery WHERE signal_id = $1 AND webhook = $2",
+            signal.id,
+            webhook,
+        )
+
+    async def settled(self, *expected: Signal, state: str = "delivered", webhook: str = "shop") -> None:
+        async def there() -> bool:
+            states = await self.states(webhook)
+            return all(states.get(signal.id) == state for signal in expected)
+
+        await until(there)
+
+
+@pytest.fixture
+async def house(database: Database, receiver: Receiver) -> House:
+    await database.pool.execute("INSERT INTO indexer.brand (name) VALUES ('bloom')")
+    return House(database, receiver)
+
+
+def signal(operation: UUID, kind: str = "ready", supersedes: Signal | None = None) -> Signal:
+    identity = uuid4()
+    data = {
+        "id": str(identity),
+        "brand": "bloom",
+        "operation": {"id": str(operation), "reference": "Einlösung 8841 €", "legs": [{"kind": "loyfin.redemption"}]},
+    }
+    payload = {"type": f"operation.{kind}", "timestamp": "2026-11-21T10:00:00Z", "data": data}
+    return Signal(
+        identity,
+        "bloom",
+        "operation",
+        operation,
+        f"operation.{kind}",
+        payload,
+        1,
+        supersedes.id if supersedes else None,
+    )
+
+
+# --------------------------------------------------------------------------- what arrives
+
+
+async def test_a_receiver_verifies_with_the_public_library_and_tampering_shows(house: House) -> None:
+    async with house.dispatching(house.endpoint(secrets=(SECRET, OLD_SECRET))):
+        new = signal(uuid4())
+        await house.send(new)
+        await house.settled(new)
+    (request,) = house.receiver.requests
+    assert request.headers["content-type"] == "application/json"
+    assert request.id == new.id
+    for secret in (SECRET, OLD_SECRET):  # during a rotation either one verifies
+        payload = Verifier(secret).verify(request.body, request.headers)
+    assert payload == request.json
+    assert payload["data"]["sequence"] == 1
+    assert payload["data"]["operation"]["reference"] == "Einlösung 8841 €"
+    stored = await house.database.pool.fetchval("SELECT payload FROM indexer.outbox WHERE id = $1", new.id)
+    assert payload == stored
+
+    def refused(body: bytes, secret: str = SECRET, **headers: str) -> None:
+        with pytest.raises(WebhookVerificationError):
+            Verifier(secret).verify(body, {**request.headers, **headers})
+
+    refused(request.body.replace(b"8841", b"8842"))
+    refused(request.body, secret="whsec_" + "bm90IHRoZSByaWdodCBzZWNyZXQgYXQgYWxsIQ==")
+    refused(request.body, **{"webhook-timestamp": str(int(time.time()) - 3600)})
+    refused(request.body, **{"webhook-id": str(uuid4())})
+
+
+async def test_a_replayed_request_is_too_old_for_its_receiver(house: House) -> None:
+    async with house.dispatching(house.endpoint(), clock=lambda: time.time() - 600):
+        new = signal(uuid4())
+        await house.send(new)
+        await house.settled(new)
+    with pytest.raises(WebhookVerificationError, match="too old"):
+        Verifier(SECRET).verify(house.receiver.requests[0].body, house.receiver.requests[0].headers)
+
+
+async def test_the_first_delivery_of_a_ready_is_measured_once(house: House) -> None:
+    async with house.dispatching(house.endpoint(), house.endpoint("books")) as _:
+        new = signal(uuid4())
+        await house.send(new)
+        await house.settled(new)
+        await house.settled(new, webhook="books")
+        async with house.database.pool.acquire() as conn:
+            assert await signals.redeliver(conn, new.id, webhook="shop") == ["shop"]
+        house.wakeups.poke("numbered")
+        await until(lambda: len(house.receiver.types("/shop")) == 2)
+        await house.settled(new)
+    labels = {"brand": "bloom", "kind": "loyfin.redemption", "stage": "ready_to_delivered"}
+    count = house.metrics.registry.get_sample_value("loyalty_settlement_latency_seconds_count", labels)
+    assert count == 1
+    ids = {request.id for request in house.receiver.requests}
+    assert ids == {new.id}
+
+
+# --------------------------------------------------------------------------- bad days
+
+
+async def test_every_kind_of_failure_is_repeated_with_the_same_id_and_body_until_it_is_taken(house: House) -> None:
+    async def hang(_: Received) -> web.Response:
+        await asyncio.sleep(60)
+        return web.Response()
+
+    async def drop(_: Received) -> None:
+        return None
+
+    async def status(code: int, **headers: str) -> web.Response:
+        return web.Response(status=code, text="<html><h1>Bad gateway</h1>", content_type="text/html", headers=headers)
+
+    bad_days: list[Script] = [
+        lambda _: status(500),
+        lambda _: status(429),
+        lambda _: status(503, **{"Retry-After": "nonsense"}),
+        lambda _: status(301, Location="/elsewhere"),
+        lambda _: status(307, Location="/elsewhere"),
+        lambda _: status(400),
+        lambda _: status(404),
+        hang,
+        drop,
+    ]
+    days = iter(bad_days)
+
+    async def script(received: Received) -> web.StreamResponse | None:
+        day = next(days, None)
+        # 200 with a page instead of JSON is a delivery: the body says nothing
+        return await (day(received) if day else status(200))
+
+    house.receiver.scripts["/shop"] = script
+    new = signal(uuid4())
+    async with house.dispatching(house.endpoint(timeout=0.5)):
+        await house.send(new)
+        await house.settled(new)
+    requests = house.receiver.requests
+    assert len(requests) == len(bad_days) + 1
+    assert {request.path for request in requests} == {"/shop"}  # no redirect was followed
+    assert {(request.id, request.body) for request in requests} == {(new.id, requests[0].body)}
+    assert house.receiver.overlaps == 0
+    assert (await house.row(new))["attempts"] == len(requests)
+
+
+async def test_an_answer_that_is_not_http_and_a_closed_port_are_failures_with_a_reason(house: House) -> None:
+    async def shout(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(100)
+        writer.write(b"<html>this is no HTTP</html>\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(shout, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    closed = await asyncio.start_server(shout, "127.0.0.1", 0)
+    closed_port = closed.sockets[0].getsockname()[1]
+    closed.close()
+    await closed.wait_closed()
+    new = signal(uuid4())
+    garbage = house.endpoint("garbage", url=f"http://127.0.0.1:{port}/token-in-path")
+    nobody = house.endpoint("nobody", url=f"http://127.0.0.1:{closed_port}/token-in-path")
+    untrusted = house.endpoint("untrusted", url=f"https://127.0.0.1:{port}/token-in-path")
+    async with house.dispatching(garbage, nobody, untrusted, schedule=NEVER):
+        await house.send(new)
+        errors = {}
+        for name in ("garbage", "nobody", "untrusted"):
+
+            async def told(name: str = name) -> bool:
+                errors[name] = (await house.row(new, name))["error"]
+                return errors[name] is not None
+
+            await until(told)
+    server.close()
+    await server.wait_closed()
+    assert errors["garbage"] == "the answer was not HTTP"
+    assert "cannot connect to 127.0.0.1" in errors["nobody"]
+    assert "TLS" in errors["untrusted"] or "closed" in errors["untrusted"]
+    assert not any("token-in-path" in error for error in errors.values())
+
+
+async def test_an_endless_answer_counts_by_its_status_and_costs_no_memory(house: House) -> None:
+    async def endless(_: Received) -> web.Response:
+        return web.Response(body=b"x" * 5_000_000)
+
+    house.receiver.scripts["/shop"] = endless
+    new = signal(uuid4())
+    async with house.dispatching(house.endpoint()):
+        await house.send(new)
+        await house.settled(new)
+    assert len(house.receiver.requests) == 1
+
+
+@pytest.mark.parametrize(("code", "header"), [(429, "120"), (503, "120"), (503, "date")])
+async def test_retry_after_is_honoured_in_both_forms(house: House, code: int, header: str) -> None:
+    now = time.time()
+    value = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(now + 121)) if header == "date" else header
+
+    async def busy(_: Received) -> web.Response:
+        return web.Response(status=code, headers={"Retry-After": value})
+
+    house.receiver.scripts["/shop"] = busy
+    new = signal(uuid4())
+    async with house.dispatching(house.endpoint()):
+        await house.send(new)
+
+        async def told() -> bool:
+            return (await house.row(new))["status"] == code
+
+        await until(told)
+    row = await house.row(new)
+    assert row["state"] == "pending"
+    assert 100 < row["pause"].total_seconds() < 125
+
+
+async def test_gone_disables_the_endpoint_until_it_is_enabled(house: House) -> None:
+    async def gone(_: Received) -> web.Response:
+        return web.Response(status=410)
+
+    house.receiver.scripts["/shop"] = gone
+    first, second = signal(uuid4()), signal(uuid4())
+    async with house.dispatching(house.endpoint(), house.endpoint("books")):
+        await house.send(first)
+
+        async def disabled() -> bool:
+            query = "SELECT disabled_reason FROM indexer.webhook WHERE name = 'shop' AND disabled_at IS NOT NULL"
+            return await house.database.pool.fetchval(query) == "the endpoint answered 410 Gone"
+
+        await until(disabled)
+        await house.send(second)
+        await house.settled(first, second, webhook="books")
+        assert len(house.receiver.types("/shop")) == 1
+        assert list(await house.states()) == [first.id]  # nothing is kept for an endpoint that is gone
+        house.receiver.scripts.clear()
+        async with house.database.pool.acquire() as conn:
+            await signals.enable_webhook(conn, "bloom", "shop")
+        house.wakeups.poke("numbered")
+        await house.settled(first)
+
+
+async def test_a_dead_letter_lets_the_next_go_and_can_be_sent_again(house: House) -> None:
+    operation = uuid4()
+    first, second = signal(operation), signal(operation, "fulfilled")
+
+    async def refuse_first(received: Received) -> web.Response:
+        return web.Response(status=500 if received.id == first.id else 204)
+
+    house.receiver.scripts["/shop"] = refuse_first
+    async with house.dispatching(house.endpoint(), schedule=(0.01, 0.01)):
+        await house.send(first, second)
+        await house.settled(first, state="dead")
+        await house.settled(second)
+        assert house.receiver.types() == ["operation.ready"] * 3 + ["operation.fulfilled"]
+        house.receiver.scripts.clear()
+        async with house.database.pool.acquire() as conn:
+            assert await signals.redeliver(conn, first.id) == ["shop"]
+        house.wakeups.poke("numbered")
+        await house.settled(first)
+
+
+# --------------------------------------------------------------------------- order, and who waits for whom
+
+
+async def test_an_operations_signals_arrive_in_order_one_at_a_time_while_others_run_beside_it(house: House) -> None:
+    operations = [uuid4() for _ in range(12)]
+    sent: dict[str, list[UUID]] = defaultdict(list)
+    failures = Counter[UUID]()
+
+    async def moody(received: Received) -> web.Response:
+        await asyncio.sleep(0.01)
+        failures[received.id] += 1
+        return web.Response(status=500 if failures[received.id] <= received.id.int % 3 else 200)
+
+    house.receiver.scripts["/shop"] = moody
+    async with house.dispatching(house.endpoint(), schedule=(0.005,) * 12):
+        everything = []
+        for kind in ("ready", "fulfilled", "finalized", "conflict"):
+            batch = [signal(operation, kind) for operation in operations]
+            everything += batch
+            for new in batch:
+                sent[str(new.aggregateid)].append(new.id)
+            await house.send(*batch)
+        await house.settled(*everything)
+    assert house.receiver.overlaps == 0
+    assert 1 < house.receiver.most_at_once <= 8
+    for operation, ids in sent.items():
+        arrived = [request.id for request in house.receiver.requests if request.operation == operation]
+        assert list(dict.fromkeys(arrived)) == ids  # first arrivals in order
+        assert arrived == sorted(arrived, key=ids.index)  # and nothing earlier after something later
+
+
+async def test_a_sick_endpoint_delays_neither_other_endpoints_nor_other_operations(house: House) -> None:
+    sick_operation = uuid4()
+    release = asyncio.Event()
+
+    async def hang(_: Received) -> web.Response:
+        await release.wait()
+        return web.Response()
+
+    async def hang_for_one(received: Received) -> web.Response:
+        return await hang(received) if received.operation == str(sick_operation) else web.Response()
+
+    sick = [house.endpoint(f"sick{n}", timeout=30.0) for n in range(9)]  # more than the overall limit bears
+    for endpoint in sick:
+        house.receiver.scripts[f"/{endpoint.name}"] = hang
+    house.receiver.scripts["/shop"] = hang_for_one
+    poison = signal(sick_operation)
+    backlog = [signal(uuid4()) for _ in range(20)]
+    async with house.dispatching(*sick, house.endpoint(timeout=30.0)):
+        await house.send(poison, *backlog)
+        async with asyncio.timeout(15):  # half of what one hanging request takes
+            await house.settled(*backlog)
+        late = signal(uuid4())
+        await house.send(late)
+        async with asyncio.timeout(15):
+            await house.settled(late)
+        assert (await house.row(poison))["ended_at"] is None
+        assert house.receiver.most_at_once <= 64 + 2 * 10
+        release.set()
+
+
+async def test_a_backlog_in_retry_is_not_in_the_way_of_new_signals(house: House) -> None:
+    async def fail(_: Received) -> web.Response:
+        return web.Response(status=500)
+
+    house.receiver.scripts["/shop"] = fail
+    old = [signal(uuid4()) for _ in range(100)]
+    behind = [signal(s.aggregateid, "fulfilled") for s in old]
+    async with house.dispatching(house.endpoint(), schedule=NEVER):
+        await house.send(*old, *behind)
+        await until(lambda: len(house.receiver.requests) == 100)
+        house.receiver.scripts.clear()
+        new = signal(uuid4())
+        await house.send(new)
+        await house.settled(new)
+    assert set(house.receiver.types()) == {"operation.ready"}  # nothing overtook its ready
+
+
+async def test_numbered_to_posted_is_quick_when_woken(house: House) -> None:
+    async with house.dispatching(house.endpoint(), sweep=60):
+        new = signal(uuid4())
+        await house.send(new)
+        await house.settled(new)  # connection open, plans made
+        times = []
+        for _ in range(20):
+            new = signal(uuid4())
+            seen = len(house.receiver.requests)
+            await house.commit(new)
+            await house.number()
+            started = time.perf_counter()
+            while len(house.receiver.requests) == seen:
+                await asyncio.sleep(0)
+            times.append(time.perf_counter() - started)
+    assert sorted(times)[len(times) // 2] < 0.25  # a few milliseconds on a quiet machine; never a sweep
+
+
+# --------------------------------------------------------------------------- taken back
+
+
+async def test_a_ready_superseded_before_its_first_attempt_goes_unsent_with_its_reverted(house: House) -> None:
+    operation = uuid4()
+    ready = signal(operation)
+    reverted = signal(operation, "reverted", supersedes=ready)
+    again = signal(operation)
+    await house.configure(house.endpoint())
+    await house.send(ready)
+    await house.commit(reverted)  # committed, and not even numbered yet
+    async with house.dispatching(house.endpoint()):
+        await house.settled(ready, state="superseded")
+        await house.number()
+        await house.settled(reverted, state="superseded")
+        await house.send(again)
+        await house.settled(again)
+    assert [request.id for request in house.receiver.requests] == [again.id]
+    rows = await house.database.pool.fetch("SELECT id FROM indexer.outbox WHERE sequence IS NOT NULL ORDER BY sequence")
+    assert [row["id"] for row in rows] == [ready.id, reverted.id, again.id]  # the pull stream keeps both
+
+
+async def test_a_ready_superseded_after_an_attempt_began_is_not_sent_again_and_its_reverted_is(house: House) -> None:
+    operation = uuid4()
+    ready = signal(operation)
+    reverted = signal(operation, "reverted", supersedes=ready)
+    arrived, answer = asyncio.Event(), asyncio.Event()
+
+    async def slow_failure(received: Received) -> web.Response:
+        if received.id == ready.id:
+            arrived.set()
+            await answer.wait()
+            return web.Response(status=500)  # perhaps it took it, perhaps not
+        return web.Response()
+
+    house.receiver.scripts["/shop"] = slow_failure
+    async with house.dispatching(house.endpoint(), schedule=NEVER):
+        await house.send(ready)
+        await arrived.wait()
+        await house.send(reverted)
+        answer.set()
+        await house.settled(reverted)
+        await house.settled(ready, state="superseded")
+    assert [request.id for request in house.receiver.requests] == [ready.id, reverted.id]
+    assert house.receiver.overlaps == 0
+
+
+async def test_an_exposure_is_told_even_where_its_ready_was_never_sent(house: House) -> None:
+    # the brand fulfilled through SQL while this endpoint was paused; then the evidence went
+    operation = uuid4()
+    ready = signal(operation)
+    fulfilled = signal(operation, "fulfilled")
+    reverted = signal(operation, "reverted", supersedes=ready)
+    await house.configure(house.endpoint())
+    await house.send(ready, fulfilled, reverted)
+    async with house.dispatching(house.endpoint()):
+        await house.settled(fulfilled, reverted)
+        await house.settled(ready, state="superseded")
+    assert house.receiver.types() == ["operation.fulfilled", "operation.reverted"]
+
+
+async def test_a_superseded_ready_is_not_sent_again_on_demand_either(house: House) -> None:
+    operation = uuid4()
+    ready = signal(operation)
+    async with house.dispatching(house.endpoint()):
+        await house.send(ready)
+        await house.settled(ready)
+        reverted = signal(operation, "reverted", supersedes=ready)
+        await house.send(reverted)
+        await house.settled(reverted)
+        async with house.database.pool.acquire() as conn:
+            await signals.redeliver(conn, ready.id)
+        house.wakeups.poke("numbered")
+        await house.settled(ready, state="superseded")
+    assert house.receiver.types() == ["operation.ready", "operation.reverted"]
+
+
+async def test_a_hint_never_blocks_and_a_late_one_is_dropped(house: House) -> None:
+    operation = uuid4()
+    hint, ready = signal(operation, "submitted"), signal(operation)
+
+    async def refuse_hints(received: Received) -> web.Response:
+        return web.Response(status=500 if received.id == hint.id else 204)
+
+    house.receiver.scripts["/shop"] = refuse_hints
+    named = house.endpoint(events=("operation.*", "operation.submitted"))
+    async with house.dispatching(named, house.endpoint("books"), schedule=NEVER):
+        await house.send(hint)
+        await until(lambda: house.receiver.types() == ["operation.submitted"])
+
+        async def failed() -> bool:
+            return (await house.row(hint))["ended_at"] is not None
+
+        await until(failed)
+        await house.send(ready)  # the hint's next attempt is an hour away
+        await house.settled(ready)
+        await house.settled(hint, state="dropped")
+        await house.settled(ready, webhook="books")
+    assert house.receiver.types("/books") == ["operation.ready"]  # hints go where they are named
+
+
+async def test_nothing_is_sent_of_a_chain_whose_finality_is_in_doubt(house: House) -> None:
+    held, free = uuid4(), uuid4()
+    pool = house.database.pool
+    await pool.execute("""INSERT INTO indexer.chain (chain_id, name, latch) VALUES (8453, 'base', '{"ours": 1}')""")
+    await pool.execute(
+        "INSERT INTO indexer.operation (id, brand, reference, request, requested_at, requested_at_stated)"
+        " VALUES ($1, 'bloom', 'r', '{}', now(), false)",
+        held,
+    )
+    await pool.execute(
+        "INSERT INTO indexer.leg (operation_id, leg, kind, match, chain_id, amount, requested_at)"
+        " VALUES ($1, 0, 'loyfin.redemption', 'nonce', 8453, 1, now())",
+        held,
+    )
+    stopped, sent = signal(held), signal(free)
+    async with house.dispatching(house.endpoint()):
+        await house.send(stopped, sent)
+        await house.settled(sent)
+        assert (await house.states())[stopped.id] == "pending"
+        await pool.execute("UPDATE indexer.chain SET latch = NULL")
+        await house.settled(stopped)
+    assert [request.id for request in house.receiver.requests] == [sent.id, stopped.id]
+
+
+# --------------------------------------------------------------------------- restarts
+
+
+async def test_a_dispatcher_killed_in_mid_request_repeats_at_worst_with_the_same_id(house: House) -> None:
+    arrived = asyncio.Event()
+
+    async def hang(_: Received) -> web.Response:
+        arrived.set()
+        await asyncio.sleep(60)
+        return web.Response()
+
+    house.receiver.scripts["/shop"] = hang
+    operation = uuid4()
+    first, second = signal(operation), signal(operation, "fulfilled")
+    endpoint = house.endpoint(timeout=1.0)
+    async with house.dispatching(endpoint):
+        await house.send(first, second)
+        await arrived.wait()
+    begun = (await house.row(first))["begun_at"]
+    assert (await house.row(first))["ended_at"] is None  # nobody wrote down how it ended
+    house.receiver.scripts.clear()
+    async with house.dispatching(endpoint):
+        await house.settled(first, second)
+    assert [request.id for request in house.receiver.requests] == [first.id, first.id, second.id]
+    again = await house.row(first)
+    assert again["attempts"] == 2
+    assert (again["begun_at"] - begun).total_seconds() > endpoint.timeout  # never beside the first attempt
+    assert house.receiver.overlaps == 0
+
+
+async def test_a_dispatcher_that_lost_its_lease_sends_nothing_more(house: House) -> None:
+    await house.configure(house.endpoint())
+    dispatcher = Dispatcher([house.endpoint()], metrics=house.metrics)
+    leases = Leases(house.database)
+    with pytest.raises(LeaseLost):
+        async with leases.hold(TASK) as lease:
+            await house.database.pool.execute("UPDATE indexer.lease SET epoch = epoch + 1, holder = gen_random_uuid()")
+            await house.send(signal(uuid4()))
+            await run_once(dispatcher, lease, house.wakeups)
+    await dispatcher.close()
+    assert house.receiver.requests == []
+    assert set((await house.states()).values()) == {"pending"}
+    assert await house.database.pool.fetchval("SELECT max(attempts) FROM indexer.delivery") == 0
+
+
+async def run_once(dispatcher: Dispatcher, lease: Lease, wakeups: Wakeups) -> None:
+    async with asyncio.timeout(10):
+        await dispatcher.run(lease, wakeups)
+
+
+async def test_new_settings_are_taken_while_it_runs(house: House) -> None:
+    first, second = signal(uuid4()), signal(uuid4())
+    async with house.dispatching(house.endpoint()) as dispatcher:
+        await house.send(first)
+        await house.settled(first)
+        dispatcher.configure([house.endpoint(url=f"{house.receiver.url}/moved", secrets=(OLD_SECRET,))])
+        await house.send(second)
+        await house.settled(second)
+    assert [request.path for request in house.receiver.requests] == ["/shop", "/moved"]
+    moved = house.receiver.requests[1]
+    Verifier(OLD_SECRET).verify(moved.body, moved.headers)
+
+
+async def test_a_test_message_is_signed_and_leaves_no_trace(house: House) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as threads:
+        reply = await send_test(house.endpoint(), system_lookup(threads), time.time)
+    assert reply.status == 204
+    (request,) = house.receiver.requests
+    assert Verifier(SECRET).verify(request.body, request.headers)["type"] == "webhook.test"
+    assert await house.states() == {}
+
+
+async def test_a_private_address_is_never_connected_to_unless_allowed(house: House) -> None:
+    new = signal(uuid4())
+    async with house.dispatching(
+        house.endpoint("https", allow=(), url=house.receiver.url.replace("http", "https")),
+        house.endpoint("elsewhere", allow=networks(["10.0.0.0/8"])),
+        schedule=NEVER,
+    ):
+        await house.send(new)
+        for name in ("https", "elsewhere"):
+
+            async def told(name: str = name) -> bool:
+                error = (await house.row(new, name))["error"]
+                return error is not None and "refused to connect to 127.0.0.1" in error
+
+            await until(told)
+    assert house.receiver.requests == []
