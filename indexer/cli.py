@@ -114,11 +114,14 @@ def demo(
 def migrate(
     config: ConfigOption = None,
     revision: Annotated[str, typer.Option(help="A revision, head or base.")] = "head",
+    is_embedded: EmbeddedOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Bring the database's schema to this version's. Run it as the owner of the database."""
-    tree = _load(config, False)
-    asyncio.run(schema.migrate(tree.database.url, revision))
+    tree = _load(config, is_embedded)
+    # the owner's session, and never through a pooler: migrations lock
+    url = embedded.url_of(tree.state_dir, "indexer_owner") if is_embedded else tree.database.direct_url or tree.database.url
+    asyncio.run(schema.migrate(url, revision))
     terminal.answer({"schema": revision if revision != "head" else schema.head()}, as_json, lambda d: f"schema is at {d['schema']}")
 
 
@@ -357,7 +360,7 @@ def main() -> None:
         app()
     except ConfigProblems as error:
         _fail("the configuration cannot be used:\n" + "\n".join(f"  {problem}" for problem in error.problems), USAGE)
-    except (schema.SchemaMismatch, IssuerMoved, tokens.BadToken, queries.BadCursor) as error:
+    except (schema.SchemaMismatch, schema.MigrationFailed, IssuerMoved, tokens.BadToken, queries.BadCursor) as error:
         _fail(str(error), USAGE)
     except DatabaseUnavailable as error:
         _fail(str(error), USAGE if error.lasting else TRY_AGAIN)

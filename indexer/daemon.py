@@ -20,6 +20,7 @@ import structlog
 from indexer import supervision
 from indexer.api.app import create_app
 from indexer.api.app import serve as serve_http
+from indexer.chain.position import configured_emitters
 from indexer.chain.runtime import ChainRuntime, Progress
 from indexer.config import Brand, Config
 from indexer.model.confidence import Level, Policy
@@ -30,6 +31,7 @@ from indexer.settlement.reconciler import BrandRules
 from indexer.signals import sequencer, webhooks
 from indexer.store import schema
 from indexer.store.brands import ConfiguredBrand, sync_brands
+from indexer.store.chains import sync_chains, sync_emitters
 from indexer.store.database import Database
 from indexer.store.embedded import EmbeddedPostgres
 from indexer.store.leases import Lease, Leases
@@ -120,7 +122,7 @@ async def _database(config: Config, embedded: bool) -> AsyncIterator[Database]:
 
 
 async def apply_configuration(database: Database, config: Config) -> None:
-    """Brands, issuers and webhooks of the file into the tables that SQL looks at. Chains do so when they connect."""
+    """Brands, issuers, webhooks, chains and emitters of the file into the tables that SQL looks at."""
     async with database.pool.acquire() as conn, conn.transaction():
         await sync_brands(
             conn, [ConfiguredBrand(brand.name, brand.issuers, brand.unmatched_since) for brand in config.brands]
@@ -129,6 +131,9 @@ async def apply_configuration(database: Database, config: Config) -> None:
             conn,
             [WebhookRow(brand.name, webhook.name, webhook.events) for brand in config.brands for webhook in brand.webhooks],
         )
+        await sync_chains(conn, [(chain.chain_id, chain.name) for chain in config.chains])
+        for chain in config.chains:
+            await sync_emitters(conn, chain.chain_id, configured_emitters(chain))
 
 
 async def serve(

@@ -322,6 +322,7 @@ def configure_logging(
     root.handlers[:] = [*(old for old in root.handlers if old not in ours), handler]
     root.setLevel(number)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)  # requests are counted, not told one by one
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # a migration is told by whoever runs it
     structlog.configure(
         processors=[*common, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(number),

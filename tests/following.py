@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 from eth_abi.abi import encode
 from eth_hash.auto import keccak
+
 from indexer.chain.decode import Decoder
 from indexer.chain.follower import follow
 from indexer.chain.heads import HeadStream
@@ -23,7 +24,6 @@ from indexer.config import Chain
 from indexer.store.database import Database
 from indexer.store.leases import Leases
 from indexer.store.wakeups import Wakeups
-
 from tests.fake_node import FakeChain, FakeNode, LogSpec
 
 FACTORY = b"\xfa" * 20
@@ -46,9 +46,7 @@ def loyalty_id(n: int) -> bytes:
     return n.to_bytes(32, "big")
 
 
-_CREATED = keccak(
-    b"LoyaltyProgramCreated(address,address,bytes32,address,string,string,string,string,string,string)"
-)
+_CREATED = keccak(b"LoyaltyProgramCreated(address,address,bytes32,address,string,string,string,string,string,string)")
 _POINTS = b"(address,address,bytes32,address,address,uint256,uint256,bytes32,bytes32,bytes)"
 _ISSUED, _REDEEMED = keccak(b"PointsIssued" + _POINTS), keccak(b"PointsRedeemed" + _POINTS)
 _TRANSFER = keccak(b"LoyaltyTransfer(address,address,address,address,uint256,uint256)")
@@ -61,7 +59,12 @@ def created(n: int, factory: bytes = FACTORY) -> LogSpec:
 
 
 def issued(
-    nonce: int, n: int = 1, amount: int = 10, factory: bytes = FACTORY, emitter: bytes | None = None, redeem: bool = False
+    nonce: int,
+    n: int = 1,
+    amount: int = 10,
+    factory: bytes = FACTORY,
+    emitter: bytes | None = None,
+    redeem: bool = False,
 ) -> LogSpec:
     data = encode(
         ["address", "address", "uint256", "uint256", "bytes32", "bytes32", "bytes"],
@@ -116,7 +119,9 @@ async def stored(database: Database) -> set[Place]:
     """The same, as it is stored canonical; fails on a second canonical block at a height."""
     rows: set[Place] = set()
     for table in EVENT_TABLES:
-        found = await database.pool.fetch(f"SELECT block_number, block_hash, log_index FROM indexer.{table} WHERE canonical")
+        found = await database.pool.fetch(
+            f"SELECT block_number, block_hash, log_index FROM indexer.{table} WHERE canonical"
+        )
         rows |= {tuple(row) for row in found}
     hashes: dict[int, bytes] = {}
     for number, block_hash, _ in rows:
@@ -149,7 +154,9 @@ async def caught_up(database: Database, node: FakeNode, seconds: float = 20.0) -
 # --------------------------------------------------------------------------- running
 
 
-def chain_config(node: FakeNode, *, socket: bool = True, factories: tuple[bytes, ...] = (FACTORY,), **more: Any) -> Chain:
+def chain_config(
+    node: FakeNode, *, socket: bool = True, factories: tuple[bytes, ...] = (FACTORY,), **more: Any
+) -> Chain:
     settings: dict[str, Any] = {
         "name": "fake",
         "chain_id": node.chain_id,
@@ -160,13 +167,19 @@ def chain_config(node: FakeNode, *, socket: bool = True, factories: tuple[bytes,
         "silent_seconds": 0.5,
     } | more
     if socket:
-        settings["websocket"] = node.ws_url
+        settings.setdefault("websocket", node.ws_url)
     return Chain.model_validate(settings)
 
 
 @asynccontextmanager
 async def following(
-    database: Database, node: FakeNode, chain: Chain | None = None, *, checks: list[tuple[str, str]] | None = None, fails: type[Exception] | None = None, **more: Any
+    database: Database,
+    node: FakeNode,
+    chain: Chain | None = None,
+    *,
+    checks: list[tuple[str, str]] | None = None,
+    fails: type[Exception] | None = None,
+    **more: Any,
 ) -> AsyncIterator[asyncio.Task[None]]:
     """A follower that runs for the body, under a real lease; killed (cancelled) at the end. `fails`: what it may end with."""
     chain = chain or chain_config(node)

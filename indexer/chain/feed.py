@@ -33,6 +33,7 @@ class HeadFeed:
         self._chain, self._heads, self._retry = chain, heads, retry
         self._waiting: deque[RawHeader] = deque(maxlen=BACKLOG)
         self._news = asyncio.Event()
+        self._listening: asyncio.Task[None] | None = None
         self.live = False
 
     @asynccontextmanager
@@ -41,16 +42,19 @@ class HeadFeed:
         if self._heads is None:
             yield self
             return
-        async with asyncio.TaskGroup() as group:
-            listening = group.create_task(self._listen(self._heads), name=f"heads of {self._chain}")
-            try:
-                yield self
-            finally:
-                listening.cancel()
+        self._listening = asyncio.create_task(self._listen(self._heads), name=f"heads of {self._chain}")
+        try:
+            yield self
+        finally:
+            self._listening.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._listening
 
     async def next(self, most: int, timeout: float) -> list[RawHeader]:
         """Up to `most` heads, in the order they came; at once if there are any, none after `timeout` seconds or when the
         socket comes or goes."""
+        if self._listening is not None and self._listening.done():
+            self._listening.result()  # it never ends but by an error that nobody expected
         if not self._waiting and timeout > 0:
             self._news.clear()
             with suppress(TimeoutError):

@@ -41,6 +41,8 @@ FILL = 100  # headers asked for at once to close a gap
 RANGE = 2_000  # blocks of one polling batch: what Base's own endpoint takes
 FAR = 500  # blocks behind: from here on ranges are cheaper than headers
 PATIENCE = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds before asking again, by how often it failed
+MOVING = 3  # … of which so many at most while the chain moves, or answers do not fit: a second
+DISTRUST = 5  # failures in a row after which one round is polled although the socket speaks (it may be another chain's)
 
 
 async def follow(
@@ -66,19 +68,19 @@ async def follow(
     )
     follower = _Follower(chain, rpc, position, count)
     feed = HeadFeed(chain.name, heads)
-    failures, tags_due = 0, clock()
+    failures, patience, tags_due = 0, 0, clock()
     async with feed.running():
         while True:
             try:
                 if failures:
-                    await asyncio.sleep(PATIENCE[min(failures, len(PATIENCE)) - 1])
+                    await asyncio.sleep(PATIENCE[min(failures - 1, patience)])
                     await check_chain_id(rpc, chain.name, chain.chain_id)
                 if clock() >= tags_due:
                     await position.look_at_tags()
                     tags_due = clock() + chain.tags_seconds
                 wait = 0.0 if follower.behind else min(chain.poll_seconds, max(0.0, tags_due - clock()))
                 follower.announced(await feed.next(GROUP, wait))
-                if feed.live:
+                if feed.live and failures < DISTRUST:
                     await follower.advance()
                 else:
                     await follower.poll()
@@ -90,6 +92,7 @@ async def follow(
                 raise
             except (Unsettled, Lie, RpcError) as trouble:
                 failures += 1
+                patience = len(PATIENCE) - 1 if isinstance(trouble, RpcError) else MOVING
                 log.log(
                     logging.WARNING if failures in (3, 10, 100) else logging.DEBUG,
                     "asking again",

@@ -17,7 +17,7 @@ import msgspec
 from yarl import URL
 
 from indexer.chain.rpc_errors import Kind, RpcError, Unreachable, clean, error_for
-from indexer.chain.transport import ErrorBody, host_of, reason
+from indexer.chain.transport import UNREADABLE, ErrorBody, host_of, reason
 from indexer.chain.wire import RawHeader
 
 _SUBSCRIBE: Final = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "eth_subscribe", "params": ["newHeads"]})
@@ -162,7 +162,7 @@ class HeadStream:
             case aiohttp.WSMsgType.TEXT | aiohttp.WSMsgType.BINARY:
                 try:
                     return _DECODER.decode(received.data)
-                except (msgspec.MsgspecError, UnicodeDecodeError):
+                except UNREADABLE:
                     return None
             case aiohttp.WSMsgType.ERROR:
                 raise self._unreachable(f"the socket broke ({type(received.data).__name__})")

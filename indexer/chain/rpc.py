@@ -27,14 +27,13 @@ from indexer.chain.rpc_errors import (
     UnknownBlock,
     Unreachable,
 )
-from indexer.chain.spans import Learned, LogRange, SpanLimits
+from indexer.chain.spans import Learned, LogRange, SpanLimits, Topics
 from indexer.chain.transport import Call, Observe, Transport
 from indexer.chain.wire import RawHeader, RawLog, RawReceipt
 from indexer.model.types import BadValue, Hash32, hash32, hex0x
 
 T = TypeVar("T")
 Tag = Literal["latest", "safe", "finalized"]
-Topics = Sequence[Sequence[bytes] | bytes | None]
 
 BATCH: Final = 100  # items of one batch; proxyd's own default limit
 ADDRESSES: Final = 100  # of one eth_getLogs
@@ -112,7 +111,7 @@ class Rpc:
 
     async def chain_id(self) -> int:
         call: Call[str] = Call("eth_chainId", [], str)
-        text = await self._one(call)
+        text = await self._transport.call(call)
         return _quantity(text, self._misfit(call, "a chain id"))
 
     async def genesis_hash(self) -> Hash32:
@@ -146,7 +145,7 @@ class Rpc:
         self, addresses: Sequence[bytes], from_block: int, to_block: int, topics: Topics | None = None
     ) -> list[RawLog]:
         """Logs of these emitters in a range (inclusive, both given as heights), in one request as it stands."""
-        return await self._one(_logs_call(addresses, from_block, to_block, topics))
+        return await self._transport.call(_logs_call(addresses, from_block, to_block, topics))
 
     async def logs_of(
         self, block_hash: Hash32, addresses: Sequence[bytes], topics: Topics | None = None
@@ -157,7 +156,7 @@ class Rpc:
             query = {"blockHash": hex0x(block_hash)} | _filter(part, topics)
             summary = f"block {_short(block_hash)}, {_emitters(part)}"
             call: Call[list[RawLog]] = Call("eth_getLogs", [query], list[RawLog], summary, "by hash")
-            logs = await self._one(call)
+            logs = await self._transport.call(call)
             found += logs
         return found
 
@@ -167,7 +166,7 @@ class Rpc:
             "eth_getBlockReceipts", [hex0x(block_hash)], list[RawReceipt] | None, f"block {_short(block_hash)}"
         )
         try:
-            return await self._one(call)
+            return await self._transport.call(call)
         except UnknownBlock:
             return None
 
@@ -175,7 +174,7 @@ class Rpc:
         """Whether a contract stands at the address in that block. PrunedHistory where the state is gone."""
         where = at if isinstance(at, str) else hex(at)
         call: Call[str] = Call("eth_getCode", [hex0x(address), where], str, f"{hex0x(address)} at {at}")
-        code = await self._one(call)
+        code = await self._transport.call(call)
         if not code.startswith("0x"):
             raise self._misfit(call, "code")(code)
         return len(code) > 2
@@ -222,9 +221,6 @@ class Rpc:
         return [log async for part in self.log_ranges(addresses, from_block, to_block, topics) for log in part.logs]
 
     # ── asking ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    async def _one(self, call: Call[T]) -> T:
-        return await self._transport.call(call)
 
     async def _batch(self, calls: Sequence[Call[Any]]) -> list[Any]:
         """An answer or an RpcError for each call, in their order; smaller batches, or none, where the node wants it."""
@@ -276,7 +272,7 @@ class Rpc:
 
     async def _header(self, call: Call[RawHeader | None], at: int | Hash32 | Tag) -> RawHeader | None:
         try:
-            answer: RawHeader | RpcError | None = await self._one(call)
+            answer: RawHeader | RpcError | None = await self._transport.call(call)
         except RpcError as error:
             answer = error
         return self._checked_header(call, at, answer)

@@ -40,6 +40,7 @@ from indexer.chain.rpc_errors import (
 
 T = TypeVar("T")
 Observe = Callable[[str, str, str, float], None]  # endpoint, method, outcome, seconds
+UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # the last for JSON nested too deeply
 Headers = tuple[str | None, str | None]  # Retry-After, Date
 
 _LONGEST_QUIET: Final = 3600.0  # seconds; whatever a Retry-After says
@@ -145,7 +146,7 @@ class Transport:
             status, headers, body = await self._exchange(self._request(call, request_id), call)
             try:
                 answer = _decoder(call.result).decode(body)
-            except msgspec.MsgspecError as why:
+            except UNREADABLE as why:
                 raise self._unreadable(call, status, headers, body, why) from None
             return cast(T, self._read(call, answer, request_id, status, headers))
 
@@ -159,7 +160,7 @@ class Transport:
             status, headers, body = await self._exchange(text, whole)
             try:
                 items = _ITEMS.decode(body)
-            except msgspec.MsgspecError as why:
+            except UNREADABLE as why:
                 raise self._unreadable(whole, status, headers, body, why) from None
             by_id = self._by_id(whole, items, status, headers)
             answers = [
@@ -196,7 +197,7 @@ class Transport:
             return msgspec.json.decode(raw, type=call.result)
         except RpcError as error:
             return error
-        except msgspec.MsgspecError as why:
+        except UNREADABLE as why:
             return self._bad(call, f"a result of the wrong shape: {why}")
 
     @staticmethod
@@ -244,21 +245,21 @@ class Transport:
 
     async def _exchange(self, text: bytes, call: Call[Any]) -> tuple[int, Headers, bytes]:
         assert self._session is not None, "open() first"
-        fresh = False  # a new connection, or an answer that has begun
+        last = False  # no further attempt: an answer has begun, or this is the second
         while True:
             try:
                 async with self._session.post(self._url, data=text, allow_redirects=False) as response:
-                    fresh = True
+                    last = True
                     body = await self._body(response, call)
                     return response.status, (response.headers.get("Retry-After"), response.headers.get("Date")), body
             except TimeoutError:
                 raise self._unreachable(call, f"no whole answer within {self._timeout:g} s", Kind.TIMEOUT) from None
             except (aiohttp.ClientError, OSError, ValueError) as why:
                 lost = isinstance(why, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError)
-                if fresh or not lost or isinstance(why, aiohttp.ClientConnectorError):
+                if last or not lost or isinstance(why, aiohttp.ClientConnectorError):
                     raise self._unreachable(call, reason(why)) from None
                 # a kept connection that the server closed while we wrote: every call of ours only reads, so once more
-                fresh = True
+                last = True
 
     async def _body(self, response: aiohttp.ClientResponse, call: Call[Any]) -> bytes:
         announced = response.content_length or 0
@@ -325,7 +326,7 @@ class Transport:
         """A body that is not the answer we hoped for: an odd error, HTML, half a JSON, or a result of another shape."""
         try:
             found = msgspec.json.decode(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except UNREADABLE:
             text = clean(body[:2000].decode(errors="replace"), 120)
             if not 200 <= status < 300:
                 error = self._said(call, text if "rror code" in text else "", "", None, status, _retry_after(*headers))
@@ -358,6 +359,8 @@ class Transport:
         return self._bad(call, f"an answer of the wrong shape: {clean(str(why), 120)}")
 
     def _keep_quiet(self, asked: float | None) -> None:
+        if asked is None and self._quiet_until > asyncio.get_running_loop().time():
+            return  # said of requests that were under way together, or item by item of one batch
         self._rate_limits = min(self._rate_limits + 1, 6)
         wait = asked if asked is not None else _RETRY_BASE * 2 ** (self._rate_limits - 1)
         wait = min(wait, _LONGEST_QUIET) * (1 + self._rng.random() / 4)  # so that all who wait do not come at once

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import (
     AwareDatetime,
@@ -350,11 +350,15 @@ class Config(Section):
         urls = [self.database.url, self.database.direct_url or ""]
         for chain in self.chains:
             urls += [endpoint.url for endpoint in chain.rpc] + [chain.websocket or ""]
+        for brand in self.brands:
+            urls += [webhook.url for webhook in brand.webhooks]
+            urls += [account.url for account in (brand.loyfin, brand.keyban, brand.qiibee) if account is not None]
         found = [part for url in urls for part in _secret_parts(url)]
         for brand in self.brands:
-            found += [secret.get_secret_value() for webhook in brand.webhooks for secret in webhook.secrets]
+            signing = [secret.get_secret_value() for webhook in brand.webhooks for secret in webhook.secrets]
+            found += [spelled for secret in signing for spelled in (secret, secret.removeprefix("whsec_"))]
             for account in (brand.keyban, brand.qiibee):
-                if account is not None and account.api_key is not None:
+                if account is not None:
                     found.append(account.api_key.get_secret_value())
         return found
 
@@ -367,5 +371,7 @@ class Config(Section):
 def _secret_parts(url: str) -> list[str]:
     """What of a URL may be a secret: its password, and long parts of its path and query, where providers put keys."""
     parts = urlsplit(url)
-    pieces = [*parts.path.split("/"), *(value for _, _, value in (pair.partition("=") for pair in parts.query.split("&")))]
-    return [piece for piece in (parts.password or "", *pieces) if len(piece) >= 16 or piece and piece == parts.password]
+    pieces = [*parts.path.split("/"), *(pair.partition("=")[2] for pair in parts.query.split("&"))]
+    keys = [piece for piece in pieces if len(piece) >= 16 and "/" not in piece]  # a socket's folder is no key
+    password = parts.password or ""
+    return [*keys, *filter(None, {password, unquote(password)})]

@@ -174,26 +174,35 @@ class _Table:
         self.taken |= bound
 
     def by_hash(self) -> None:
-        """Rules 2 and 3: the oldest open leg with that hash and equal terms; else a conflict of the one operation it can mean."""
+        """Rule 2: the oldest open leg with that hash and equal terms. Rule 3: else a conflict of the one operation it can mean.
+
+        Rule 3 waits until rule 2 is through: which legs are open, and whom an event can mean, must not hang on their order.
+        """
         under: dict[object, list[Leg]] = defaultdict(list)
         for leg in self.legs:
             if leg.match == "operation_hash":
                 under[(leg.lane, leg.operation_hash)].append(leg)
-        for movement in self.free:
+
+        def meant(movement: Movement) -> list[Leg]:
             legs = under.get((movement.lane, movement.operation_hash), []) if movement.operation_hash else []
-            legs = [leg for leg in legs if not self.dismissed(leg, movement)]
-            equal = [leg for leg in legs if not leg.differences(movement)]
-            waiting = [leg for leg in equal if self.open(leg)]
-            others = [leg for leg in legs if self.open(leg) and not leg.released]
+            return [leg for leg in legs if not self.dismissed(leg, movement)]
+
+        for movement in self.free:
+            waiting = [leg for leg in meant(movement) if self.open(leg) and not leg.differences(movement)]
             if waiting:
                 self.settle(waiting[0], movement, "operation_hash", ambiguous=sum(not w.released for w in waiting) > 1)
-            elif not equal and len({leg.operation_id for leg in others}) == 1:
+        for movement in self.free:
+            legs = meant(movement)
+            others = [leg for leg in legs if self.open(leg) and not leg.released]
+            no_equal = all(leg.differences(movement) for leg in legs)
+            if (
+                no_equal
+                and len({leg.operation_id for leg in others}) == 1
+                and others[0].key not in self.result.conflicts
+            ):
                 leg = others[0]
-                conflict = Conflict(leg.key, movement, tuple(leg.differences(movement)))
-                self.result.conflicts.setdefault(leg.key, conflict)
-        for key in [key for key in self.result.conflicts if key in self.result.claims]:
-            del self.result.conflicts[key]  # a later event settled the leg: nothing is open that it could contest
-        self.taken |= {conflict.evidence.id for conflict in self.result.conflicts.values()}
+                self.result.conflicts[leg.key] = Conflict(leg.key, movement, tuple(leg.differences(movement)))
+                self.taken.add(movement.id)
 
     def by_wallet(self) -> None:
         """Rule 4. A whole group (lane and terms) is paired at once, sorted by time then id on both sides."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import asyncpg
 
 from indexer.model.types import Address, BlockRef, Hash32, Header, Schedule
+from indexer.store.connection import Connection
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +188,24 @@ async def ensure_chain(
     )
 
 
-async def sync_emitters(conn: asyncpg.Connection, chain_id: int, configured: Sequence[Emitter]) -> None:
+async def sync_chains(conn: Connection, configured: Sequence[tuple[int, str]]) -> None:
+    """Makes (chain id, name) of the configuration the active chains, so that operations can be registered on one that no
+    endpoint has answered for yet. Who the chain is, `ensure_chain` writes."""
+    await conn.execute(
+        """
+        INSERT INTO indexer.chain AS c (chain_id, name) SELECT * FROM unnest($1::bigint[], $2::text[])
+        ON CONFLICT (chain_id) DO UPDATE SET name = excluded.name, active = true
+        """,
+        [chain_id for chain_id, _ in configured],
+        [name for _, name in configured],
+    )
+    await conn.execute(
+        "UPDATE indexer.chain SET active = false WHERE chain_id <> ALL ($1::bigint[]) AND active",
+        [chain_id for chain_id, _ in configured],
+    )
+
+
+async def sync_emitters(conn: Connection, chain_id: int, configured: Sequence[Emitter]) -> None:
     """Makes the configured factories and hubs, and the tokens of these factories, the active emitters.
 
     One that leaves the configuration keeps what was covered: its share of the head lane becomes its own coverage, and

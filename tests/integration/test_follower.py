@@ -270,7 +270,9 @@ async def test_a_programme_is_heard_from_its_first_block_on(database: Database, 
                 node.mine([transferred(n - 1)] if n > 1 else [])
             await caught_up(database, node)
             assert await stored(database) == truth(node.chain)
-            rows = await database.pool.fetch("SELECT start_block, followed_from FROM indexer.emitter WHERE kind = 'token'")
+            rows = await database.pool.fetch(
+                "SELECT start_block, followed_from FROM indexer.emitter WHERE kind = 'token'"
+            )
             assert len(rows) == 5 and all(row["start_block"] == row["followed_from"] for row in rows)
 
 
@@ -392,7 +394,12 @@ async def test_tags_only_move_forward_on_our_chain(database: Database, socket: b
 
         async with following(database, node, chain_config(node, socket=socket)):
             await caught_up(database, node)
-            for safe, finalized, expected in ((20, 10, (20, 10)), (15, 12, (20, 12)), (None, None, (20, 12)), (14, 22, (22, 22))):
+            for safe, finalized, expected in (
+                (20, 10, (20, 10)),
+                (15, 12, (20, 12)),
+                (None, None, (20, 12)),
+                (14, 22, (22, 22)),
+            ):
                 node.set_tags(safe=safe, finalized=finalized)
                 asked = node.calls["eth_getBlockByNumber"]
                 await eventually(lambda asked=asked: _true(node.calls["eth_getBlockByNumber"] > asked + 8))
@@ -487,3 +494,18 @@ async def test_heads_are_committed_within_milliseconds(database: Database) -> No
                 took.append(loop.time() - begun)
             await listener.close()
             assert sorted(took)[len(took) // 2] < 0.1  # 30 ms where nothing else uses the machine
+
+
+async def test_a_socket_of_another_chain_stops_nothing(database: Database) -> None:
+    async with FakeNode() as node, FakeNode(options={"salt": 9}) as other:
+        node.mine([created(1)], 3)
+        other.mine(blocks=3)
+        async with following(database, node, chain_config(node, websocket=other.ws_url)):
+            await caught_up(database, node)
+            await eventually(lambda: _true(other.subscribers == 1))
+            for n in range(3):
+                other.mine()
+                node.mine([issued(n)])
+                await asyncio.sleep(0.05)
+            await caught_up(database, node)
+            assert await stored(database) == truth(node.chain)

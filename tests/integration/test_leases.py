@@ -258,14 +258,26 @@ async def test_the_fence_alone_refuses_a_commit_under_an_old_epoch(database: Dat
     await lease.connection.close()
 
 
-async def test_a_take_over_waits_for_the_commit_that_passed_the_fence(database: Database, dsn: str) -> None:
-    """FOR SHARE: between the fence and COMMIT the epoch cannot rise."""
+async def test_a_take_over_waits_for_the_commit_that_passed_the_fence(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lease = await Leases(database, ttl=60).acquire(TASK)
     assert lease is not None
-    async with lease.connection.transaction():
-        await lease.connection.fetch("SELECT FROM indexer.lease WHERE task = $1 FOR SHARE", TASK)
-        with pytest.raises(TimeoutError):
+    commit = Transaction.commit
+    tried: list[str] = []
+
+    async def commit_late(transaction: Transaction) -> None:
+        try:
             await database.pool.execute("UPDATE indexer.lease SET epoch = epoch + 1", timeout=0.3)
+        except TimeoutError:
+            tried.append("waited")
+        await commit(transaction)
+
+    monkeypatch.setattr(Transaction, "commit", commit_late)
+    async with lease.transaction() as connection:
+        await write(connection, 1)
+    assert tried == ["waited"]
+    assert await written(database) == [1]
     await lease.connection.close()
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import shutil
+import ssl
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -195,6 +199,7 @@ async def test_another_block_than_the_one_asked_for_is_thrown_away() -> None:
         '{"jsonrpc":"2.0","id":1,"result":[1]}',
         '{"jsonrpc":"2.0","id":null,"result":[]}',
         "[]",
+        '{"jsonrpc":"2.0","id":1,"result":[7,{}]}',
         "7",
         "null",
     ],
@@ -227,10 +232,11 @@ Inject = Callable[[FakeNode], Any]
         (lambda node: node.reply("eth_chainId", "", status=504), Kind.TIMEOUT),
         (lambda node: node.fail("eth_chainId", -32015, "gateway timeout", status=504), Kind.TIMEOUT),
         (lambda node: node.reply("eth_chainId", b"\xff\xfe\x00"), Kind.NOT_JSON),
+        (lambda node: node.reply("eth_chainId", "[" * 1_000_000), Kind.NOT_JSON),
     ],
     ids=[
         *("hang", "slow drip", "reset", "broken gzip", "truncated", "empty", "html 200", "html 404", "html 521"),
-        *("html 502", "empty 504", "json 504", "bytes"),
+        *("html 502", "empty 504", "json 504", "bytes", "nested"),
     ],
 )
 async def test_a_sick_transport_is_unreachable_and_gets_well(inject: Inject, why: Kind) -> None:
@@ -336,15 +342,29 @@ async def test_no_error_shows_the_key_in_the_url() -> None:
         assert f"127.0.0.1:{node.port}" in str(error)
 
 
-async def test_an_untrusted_certificate_is_refused(tmp_path: Any) -> None:
+async def test_an_untrusted_certificate_is_refused(tmp_path: Path) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("NOT TESTED: no openssl to make a certificate with")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    request = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=127.0.0.1 -days 2"
+    made = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([openssl, *request.split(), *made], check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    asked: list[bytes] = []
+
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.read(1))
         writer.close()
 
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=tls)
     port = server.sockets[0].getsockname()[1]
-    async with server, Rpc(f"https://127.0.0.1:{port}/") as rpc:
-        with raises(Unreachable):
+    async with server, Rpc(f"https://127.0.0.1:{port}/SECRET") as rpc:
+        with raises(Unreachable) as caught:
             await rpc.chain_id()
+        assert "certificate" in str(caught.value) and "SECRET" not in str(caught.value)
+    assert not any(asked)
 
 
 async def test_a_name_that_does_not_resolve_is_unreachable() -> None:
@@ -405,7 +425,11 @@ async def test_a_rate_limit_in_a_batch_is_one_of_the_whole_batch() -> None:
     async with FakeNode() as node, Rpc(node.url) as rpc:
         node.fail("eth_getBlockByNumber", -32012, "credits limited to 6000/sec", times=None)
         with raises(RateLimited):
-            await rpc.headers([0, 0, 0])
+            await rpc.headers([0] * 50)
+        node.heal()
+        started = time.monotonic()  # fifty refusals in one answer are one refusal
+        assert await rpc.chain_id() == 84532
+        assert time.monotonic() - started < 3
 
 
 async def test_the_pace_counts_the_items_of_a_batch() -> None:

@@ -378,19 +378,19 @@ async def test_concurrent_submissions_all_arrive_in_spite_of_a_reorganisation() 
     async with Anvil(block_time=0.2) as node:
         loyfin = await Loyfin.deploy(node)
         await loyfin.welcome(ALICE)
+        await node.mine(5)  # the reorganisation stays above the deployment
         loyalty_id = drive.operation_hash("concurrent")
-        half = asyncio.Event()
+        half: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
         async def issue(n: int) -> Hash32:
             issued = await loyfin.issue(BRAND, ALICE.address, n + 1, loyalty_id=loyalty_id)
             if n == 30:
-                await loyfin.wait(issued.tx_hash)
-                half.set()
+                half.set_result((await loyfin.wait(issued.tx_hash)).block_number)
             return issued.tx_hash
 
         async def reorganise() -> set[Hash32]:
-            await half.wait()
-            await node.reorg(1)
+            included = await half
+            await node.reorg(await node.block_number() - included + 3)
             return await loyfin.submitter.restore_dropped()
 
         async with asyncio.TaskGroup() as group:

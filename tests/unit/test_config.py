@@ -520,6 +520,18 @@ def test_the_printed_tree_holds_no_secret(write: Write) -> None:
         assert secret not in repr(config)
 
 
+def test_the_tree_knows_its_secrets_for_the_logs(write: Write) -> None:
+    rpc = '[{ url = "https://one.example/v2/rpc-key-0123456789" }, { url = "https://two.example/v2?k=query-key-0123456789" }]'
+    brand = (
+        BRAND + '[brands.qiibee]\napi_key = "qb-key-1"\n' + WEBHOOK.replace("/hook", "/services/hook-key-0123456789")
+    )
+    config = load(write(in_chain("", rpc).replace("s3cr3t-pa55", "s3cr3t%2Fpa55"), brand), {})
+    wanted = {"s3cr3t%2Fpa55", "s3cr3t/pa55", "rpc-key-0123456789", "query-key-0123456789", "qb-key-1"}
+    assert set(config.secrets()) == wanted | {SECRET, SECRET.removeprefix("whsec_"), "hook-key-0123456789"}
+    embedded = config.with_database("postgresql://indexer:pw-of-today@/indexer?host=/var/lib/indexer/postgres/socket")
+    assert "pw-of-today" in embedded.secrets() and not [part for part in embedded.secrets() if "socket" in part]
+
+
 # --------------------------------------------------------------------------- the embedded database
 
 

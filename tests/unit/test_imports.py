@@ -29,8 +29,11 @@ ALLOWED: dict[str, frozenset[str]] = {
     "telemetry": frozenset({"model.types"}),
     "store": frozenset({"model"}) | LEAVES,
     **dict.fromkeys(MIDDLE, INNER),
-    "daemon": MIDDLE | INNER,
-    "cli": MIDDLE | INNER | {"daemon", "sandbox"},
+    "supervision": INNER,  # keeps loops running, whatever they do
+    "observation": INNER,  # what loops report, as metrics
+    "daemon": MIDDLE | INNER | {"supervision", "observation"},
+    "terminal": INNER,  # what the commands print
+    "cli": MIDDLE | INNER | {"daemon", "terminal", "sandbox"},
     "__main__": frozenset({"cli"}),
     "sandbox": frozenset({"model.types", "store.embedded"}),
 }
