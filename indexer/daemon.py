@@ -152,6 +152,7 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, lambda: log.warning("SIGHUP is ignored: restart to read the configuration again"))
     rng = random.Random()  # noqa: S311 - spreads retries, guards nothing
     metrics = Metrics()
     async with AsyncExitStack() as stack:

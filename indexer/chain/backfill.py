@@ -10,21 +10,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import structlog
 
 from indexer.chain.coverage import Plan, Window
 from indexer.chain.decode import Decoded, Decoder, Speakers, Token
-from indexer.chain.integrity import Count
+from indexer.chain.integrity import Count, Lie
+from indexer.chain.linkage import Unsettled
 from indexer.chain.logs import checked, headers_of, timed, untimed
 from indexer.chain.position import speakers_of
 from indexer.chain.rpc import Rpc
-from indexer.chain.rpc_errors import PrunedHistory, RpcError
+from indexer.chain.rpc_errors import MethodMissing, PrunedHistory, RpcError, UnknownBlock
+from indexer.chain.second_look import SecondLook
 from indexer.chain.wire import Log
 from indexer.config import Chain
-from indexer.model.types import Header, Schedule
+from indexer.model.types import Header, Schedule, hex0x
 from indexer.store import chains, coverage, facts
 from indexer.store.coverage import Covered
 from indexer.store.leases import Lease
@@ -98,6 +100,7 @@ class Backfill:
         self._parallel = parallel
         self._schedule: Schedule | None = None
         self._speakers = Speakers(chain.chain_id, ())
+        self._found: dict[bytes, Token] = {}  # in this pass
         self._size = FIRST_WINDOW
         self.progress = Progress()
 
@@ -147,7 +150,7 @@ class Backfill:
 
     def _filter(self, window: Window) -> frozenset[bytes]:
         """Who is asked for: those that miss blocks in the window, and tokens found meanwhile."""
-        return frozenset(window.emitters) | {t for t, born in self._found.items() if born <= window.high}
+        return frozenset(window.emitters) | {t.token for t in self._found.values() if t.block_number <= window.high}
 
     # --------------------------------------------------------------------- fetching and decoding
 
@@ -170,3 +173,51 @@ class Backfill:
         elif blocks >= self._size and found < TARGET // 2:
             grown = blocks * min(GROW, TARGET // max(1, found))
             self._size = min(LARGEST_WINDOW, max(self._size, grown))
+
+    async def _decode(self, fetched: _Fetched) -> tuple[Decoded, dict[bytes, int]]:
+        """Rows of a window, and from which block on each emitter was asked for: discovery may ask for more."""
+        window = fetched.window
+        asked = dict.fromkeys(fetched.asked, window.low)
+        late = [token for token in self._found.values() if token.token not in asked and token.block_number <= window.high]
+        while True:
+            if late:
+                first = max(window.low, min(token.block_number for token in late))
+                more, headers = await self._logs(frozenset(token.token for token in late), first, window.high)
+                fetched.logs += more
+                fetched.headers |= headers
+                asked |= {token.token: first for token in late}
+            rows = self._decoder.decode(fetched.logs, self._speakers)
+            late = [token for token in rows.tokens if token.token not in asked]
+            if not late:
+                break
+        for token in rows.tokens:
+            self._speakers.learn(token)
+            self._found[token.token] = token
+        return rows, asked
+
+    # --------------------------------------------------------------------- storing
+
+    async def _store(self, fetched: _Fetched, rows: Decoded, asked: dict[bytes, int], began: float) -> None:
+        window = fetched.window
+        async with self._lease.transaction() as conn:
+            done = await facts.commit_range(
+                conn,
+                self._chain.chain_id,
+                rows=rows,
+                headers=list(fetched.headers.values()),
+                covered=[Covered(emitter, low, window.high, "unverified") for emitter, low in asked.items()],
+            )
+        if done.events:
+            self._wakeups.poke("facts")
+        progress = self.progress
+        progress.blocks_done += window.high - window.low + 1
+        progress.events += done.events
+        progress.at_block = window.high
+        progress.seconds = self._clock() - began
+        if self._report is not None:
+            self._report(progress)
+        if self._metrics is not None:
+            self._metrics.backfill_blocks.labels(self._chain.name).inc(window.high - window.low + 1)
+            self._metrics.backfill_events.labels(self._chain.name).inc(done.events)
+            for reason, number in rows.lookalikes.items():
+                self._metrics.lookalikes.labels(self._chain.name, reason).inc(number)

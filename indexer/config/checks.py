@@ -96,6 +96,8 @@ def _of_chain(at: str, chain: Chain) -> Iterator[Problem]:
         yield Problem(
             f"{at}.rpc", "two endpoints on one host are one witness in truth", "take the second from another provider"
         )
+    if len(chain.rpc) > 1:
+        yield Problem(f"{at}.rpc", "this version asks the first endpoint alone: no second one witnesses yet")
     if chain.quorum == 1:
         yield Problem(
             f"{at}.rpc", "one witness: nothing contradicts that endpoint when it errs", "add a second provider"
@@ -108,6 +110,8 @@ def _of_chain(at: str, chain: Chain) -> Iterator[Problem]:
 def _of_brand(at: str, brand: Brand, config: Config) -> Iterator[Problem]:
     for name in ("loyfin", "keyban", "qiibee"):
         section = getattr(brand, name)
+        if section is not None:
+            yield Problem(f"{at}.{name}", "read, and not used by this version: partners are not polled yet", "leave it out")
         if section is not None and urlsplit(section.url).scheme == "http" and not _is_local(section.url):
             yield Problem(
                 f"{at}.{name}.url", "plain http to another machine shows the key and can be altered", "use https"

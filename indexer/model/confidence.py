@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from math import ceil
 
 from indexer.model.evidence import Movement
 
@@ -106,12 +107,17 @@ class Alarm:
     threshold: int
 
 
-def alarm_for(policy: Policy, evidence: Movement) -> Alarm:
-    """When evidence that has not reached its policy should be looked at again."""
+def alarms_for(policy: Policy, evidence: Movement) -> list[Alarm]:
+    """When evidence that has not reached its policy should be looked at again: at the first of these."""
     match policy.level:
         case Level.CONFIRMED:
-            return Alarm(evidence.chain_id, "head_time_ms", evidence.time_ms + int(policy.seconds * 1000))
+            # rounded up: an alarm before its time would ring again and again
+            due_ms = evidence.time_ms + ceil(policy.seconds * 1000)
+            return [
+                Alarm(evidence.chain_id, "head_time_ms", due_ms),
+                Alarm(evidence.chain_id, "safe_number", evidence.block_number),
+            ]
         case Level.FINALIZED:
-            return Alarm(evidence.chain_id, "finalized_number", evidence.block_number)
+            return [Alarm(evidence.chain_id, "finalized_number", evidence.block_number)]
         case _:
-            return Alarm(evidence.chain_id, "safe_number", evidence.block_number)
+            return [Alarm(evidence.chain_id, "safe_number", evidence.block_number)]

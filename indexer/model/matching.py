@@ -130,7 +130,7 @@ class _Table:
             leg, movement = self.by_key.get(claim.leg), self.evidence.get(claim.evidence_id)
             if leg is None:  # a leg outside this neighbourhood holds it
                 self.taken.add(claim.evidence_id)
-            elif movement is None or self.dismissed(leg, movement):
+            elif movement is None or movement.id in self.taken or self.dismissed(leg, movement):
                 continue
             elif claim.basis == "wallet_amount" and not claim.final:
                 continue  # paired anew, the whole group at once

@@ -143,7 +143,8 @@ def situation(legs: Sequence[LegFacts], *, cancelled: bool, closed: bool) -> Sit
     """What the facts of the legs say.
 
     `cancelled`: the brand wished so. `closed`: the operation ended as expired or cancelled before; evidence that reaches its
-    confidence after that is a conflict until a person decides (promise 6 may not be undone in silence).
+    confidence after that is a conflict until a person decides (promise 6 may not be undone in silence). What a person accepted
+    counts: all legs settle the operation, some leave it incomplete.
     """
     if any(leg.conflict for leg in legs):
         return Situation.CONFLICT
@@ -151,6 +152,8 @@ def situation(legs: Sequence[LegFacts], *, cancelled: bool, closed: bool) -> Sit
         return Situation.CONFLICT
     if all(leg.settled for leg in legs):
         return Situation.SETTLED
+    if (cancelled or closed) and any(leg.settled for leg in legs):
+        return Situation.INCOMPLETE
     if cancelled:
         return Situation.CANCELLED
     if closed:
@@ -199,6 +202,7 @@ _OPEN = {
     Situation.CONFLICT: State.CONFLICT,
     Situation.CANCELLED: State.CANCELLED,
 }
+_SETTLED_AFTER_ALL = frozenset({Situation.CONFLICT, Situation.SETTLED, Situation.INCOMPLETE})
 
 
 def _next(here: State, facts: Situation, receipt: bool, same_evidence: bool, gone_for_good: bool) -> State | None:
@@ -217,8 +221,8 @@ def _next(here: State, facts: Situation, receipt: bool, same_evidence: bool, gon
                 return State.PENDING if gone_for_good and not receipt else None
             return None if facts is Situation.CONFIRMING and receipt else target
         case State.EXPIRED | State.CANCELLED:
-            # a settled leg of a closed operation is a conflict (situation() says so), and nothing else moves it
-            return State.CONFLICT if facts is Situation.CONFLICT else None
+            # a leg settled after all; where a person accepted it already, conflict is passed through
+            return State.CONFLICT if facts in _SETTLED_AFTER_ALL else None
         case State.CONFIRMING if facts is Situation.EXPIRED:
             return State.PENDING  # the evidence is gone first; then time has passed
         case State.SUBMITTED if facts is Situation.PENDING:

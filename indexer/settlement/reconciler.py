@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from uuid import UUID
 
 from indexer.model import signal as signals
-from indexer.model.confidence import Alarm, Heads, Level, Policy, alarm_for, demanded, level_of, reached
+from indexer.model.confidence import Alarm, Heads, Level, Policy, alarms_for, demanded, level_of, reached
 from indexer.model.evidence import Movement
 from indexer.model.matching import Claim, Conflict, Matching, WalletRules, match
 from indexer.model.operation import Leg, LegFacts, Situation, State, situation, steps
@@ -151,7 +151,7 @@ class _Desk:
             movement, policy = self.movements[claim.evidence_id], self._policy(leg, claim.basis)
             settled = reached(policy, movement, heads)
             if not settled:
-                alarms.append(alarm_for(policy, movement))
+                alarms += alarms_for(policy, movement)
             return LegFacts(evidence=True, settled=settled, decided=claim.basis == "decision")
         conflict = leg.key in self.matching.conflicts
         if conflict or leg.key in self.matching.held or operation.cancelled or leg.released:
@@ -277,11 +277,13 @@ class _Desk:
                     signals.OF_STATE[state],
                     "deadline passed" if state is State.EXPIRED else "the brand's wish",
                 )
-                causes = [state.value]
+                causes = [state.value, *self._decided(operation)]
                 if not all(leg.released for leg in operation.legs):
                     self.changes.released.append(operation.id)
             case State.CONFLICT:
+                late = late or before in (State.EXPIRED, State.CANCELLED)
                 kind, cause = signals.OF_STATE[state], "settled after it was closed" if late else "terms differ"
+                causes += self._decided(operation)
                 causes += [
                     self.matching.conflicts[leg.key].evidence.id
                     for leg in operation.legs
@@ -289,6 +291,7 @@ class _Desk:
                 ]
             case State.INCOMPLETE:
                 kind, cause = signals.OF_STATE[state], "a leg can no longer settle"
+                causes += self._decided(operation)
             case State.SUBMITTED | State.CONFIRMING:
                 kind = None if passing else signals.OF_STATE[state]
             case State.PENDING:
@@ -305,6 +308,14 @@ class _Desk:
         if kind in (signals.READY, signals.RESTORED):
             operation.standing_signal = signal.id
         self.done.signals.append(signal)
+
+    def _decided(self, operation: Operation) -> list[str]:
+        """The decisions behind an operation's state: told once more after each, though the evidence is the same."""
+        return [
+            f"{decision.evidence_id} {'accepted' if decision.accept else 'dismissed'}"
+            for decision in self.around.decisions
+            if decision.operation_id == operation.id
+        ]
 
     def _stand(self, operation: Operation, evidence: list[Movement]) -> None:
         """Remembers what the `ready` or `restored` rests on; claims become final with it."""

@@ -1,0 +1,127 @@
+"""The history of one chain: filled, looked at a second time, and said to be complete only where that can be shown.
+
+Promises that `history_complete` is never claimed by default: every block since each contract's proven creation was asked
+for. The work itself is `backfill.py` and `second_look.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import structlog
+
+from indexer.chain.backfill import PARALLEL, Backfill, Report
+from indexer.chain.decode import Decoder
+from indexer.chain.integrity import Count, Lie
+from indexer.chain.linkage import Unsettled
+from indexer.chain.rpc import Rpc
+from indexer.chain.rpc_errors import MethodMissing, PrunedHistory, RpcError, UnknownBlock
+from indexer.chain.second_look import SecondLook
+from indexer.config import Chain
+from indexer.model.types import hex0x
+from indexer.store import chains, coverage
+from indexer.store.leases import Lease
+from indexer.store.wakeups import Wakeups
+from indexer.telemetry import Metrics
+
+log = structlog.get_logger(__name__)
+
+
+async def fill_history(
+    chain: Chain,
+    rpc: Rpc,
+    lease: Lease,
+    wakeups: Wakeups,
+    decoder: Decoder,
+    *,
+    metrics: Metrics | None = None,
+    count: Count | None = None,
+    report: Report | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    parallel: int = PARALLEL,
+) -> None:
+    """Fills gaps below finalized whenever there are any, and takes second looks in between. Until cancelled.
+
+    `report` hears of each window. Raises LeaseLost; what is transient is waited out and shown as `Progress.trouble`.
+    """
+    starts = Starts(chain, rpc)
+    second = SecondLook(chain, rpc, lease, wakeups, decoder, metrics=metrics, count=count, clock=clock)
+    failures = 0
+    while True:
+        backfill = Backfill(
+            chain, rpc, lease, wakeups, decoder,
+            metrics=metrics, count=count, report=report, clock=clock, parallel=parallel,
+        )  # fmt: skip
+        try:
+            worked = await backfill.run()
+            proven = await starts.proven()
+            await _say_complete(chain, lease, proven)
+            await second.look()
+            failures = 0
+        except (Unsettled, Lie, RpcError) as trouble:
+            worked = False
+            failures += 1
+            backfill.progress.trouble = str(trouble)
+            if report is not None:
+                report(backfill.progress)
+            log.warning("history waits", chain=chain.name, reason=str(trouble))
+        if not worked:
+            await asyncio.sleep(min(chain.tags_seconds * 2 ** min(failures, 4), 60))
+
+
+async def _say_complete(chain: Chain, lease: Lease, proven: bool) -> None:
+    async with lease.transaction() as conn:
+        state = await chains.load_chain(conn, chain.chain_id)
+        if state is None or state.finalized is None:
+            return
+        complete = proven and not await coverage.gaps(conn, chain.chain_id, state.finalized.number)
+        await chains.set_history_complete(conn, chain.chain_id, complete)
+
+
+class Starts:
+    """Whether each factory's `start_block` misses nothing: no code stood at its address in the block before."""
+
+    def __init__(self, chain: Chain, rpc: Rpc) -> None:
+        self._chain, self._rpc = chain, rpc
+        self._known: dict[bytes, bool] = {}
+
+    async def proven(self) -> bool:
+        """Asked once per factory and process. False where it can't be shown: history may be incomplete, and says so."""
+        for factory in self._chain.factories:
+            for address in (factory.address, factory.event_hub):
+                if address is not None and address not in self._known:
+                    known = await self._check(address, factory.start_block)
+                    if known is None:
+                        return False  # nothing there (yet): asked again
+                    self._known[address] = known
+        return all(self._known.values())
+
+    async def _check(self, address: bytes, start_block: int) -> bool | None:
+        if not await self._rpc.has_code(address, "latest"):
+            log.warning(
+                "no contract at a configured address: check the address and the chain, in [[chains]] factories",
+                chain=self._chain.name,
+                address=hex0x(address),
+            )
+            return None
+        if start_block == 0:
+            return True
+        try:
+            early = await self._rpc.has_code(address, start_block - 1)
+        except (PrunedHistory, UnknownBlock, MethodMissing):
+            log.info(
+                "cannot show that the contract did not exist before its start_block: the endpoint keeps no state that old",
+                chain=self._chain.name,
+                address=hex0x(address),
+            )
+            return False
+        if early:
+            log.warning(
+                "the contract existed before its start_block: lower start_block, or history stays incomplete",
+                chain=self._chain.name,
+                address=hex0x(address),
+                start_block=start_block,
+            )
+        return not early

@@ -1,0 +1,231 @@
+"""The shop: registers operations, takes signals by the receivers' rule, hands over on `ready`, and remembers it all.
+
+Promises to act as docs/webhooks.md asks of a receiver: nothing twice, nothing late, and the truth is asked for before the
+irreversible. Which operations there are, and how each should end, is the story's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from indexer.sandbox.client import Answered, Client
+from indexer.sandbox.receiver import Received
+
+PATIENCE_SECONDS = 90.0  # for anything that the daemon should do
+
+READY = "operation.ready"
+FINALIZED = "operation.finalized"
+HINT = "operation.confirming"
+
+
+class Disappointed(RuntimeError):
+    """What should have happened to an operation, and what had happened instead when patience ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How an operation should end. `trace`: its signals in order, without the hint and `operation.finalized`, which is
+    expected once where the end is fulfilled. None as generation or trace: any."""
+
+    status: str
+    generation: int | None = 1
+    trace: tuple[str, ...] | None = ("ready", "fulfilled")
+
+
+@dataclass(eq=False)
+class Order:
+    """One operation as the shop sees it. Times are the loop's, in seconds."""
+
+    reference: str
+    story: str
+    kind: str
+    amount: int
+    legs: list[dict[str, Any]]
+    end: End
+    hands_over: bool = True
+    evidence_tx: str | None = None  # the only transaction that may settle it
+    measured: bool = False  # its way from inclusion to webhook counts
+    id: str = ""
+    status: str = "new"
+    generation: int = 0
+    latency_ms: float | None = None
+    changed_at: float = 0.0
+    signals: list[Received] = field(default_factory=list)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def trace(self) -> tuple[str, ...]:
+        return tuple(s.type.removeprefix("operation.") for s in self.signals if s.type not in (HINT, FINALIZED))
+
+    @property
+    def last_signal(self) -> str:
+        return self.signals[-1].type if self.signals else ""
+
+    def news(self) -> None:
+        """Wakes whoever waits for a change."""
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def until(self, holds: Callable[[], bool], what: str, patience: float = PATIENCE_SECONDS) -> None:
+        """Waits until `holds`. Raises Disappointed."""
+        try:
+            async with asyncio.timeout(patience):
+                while not holds():
+                    await self._news.wait()
+        except TimeoutError:
+            raise Disappointed(f"waited {patience:.0f} s for {what}; {self.described()}") from None
+
+    async def heard(self, kind: str, generation: int | None = None) -> Received:
+        """The signal `operation.<kind>`, once it was taken."""
+
+        def found() -> Received | None:
+            for signal in self.signals:
+                if signal.type == f"operation.{kind}" and generation in (None, signal.generation):
+                    return signal
+            return None
+
+        of_generation = "" if generation is None else f" of generation {generation}"
+        await self.until(lambda: found() is not None, f"{kind}{of_generation}")
+        signal = found()
+        assert signal is not None
+        return signal
+
+    def described(self) -> str:
+        return f"{self.status}, generation {self.generation}, signals: {', '.join(self.trace) or 'none'}"
+
+
+class Shop:
+    """Register with `register`; feed `take` with what the receiver verified. Use within `async with` of a task group that
+    `background` starts tasks in."""
+
+    def __init__(
+        self,
+        brand: str,
+        background: Callable[[Coroutine[Any, Any, None]], object],
+        arrivals: Mapping[str, float],
+        tell: Callable[[Order, Received], None],
+    ) -> None:
+        self.brand, self._background, self._arrivals, self._tell = brand, background, arrivals, tell
+        self.orders: dict[str, Order] = {}
+        self.signals: Counter[str] = Counter()  # verified ones by type, repetitions apart
+        self.streams: set[str] = set()
+        self.strange: list[str] = []  # what a receiver should never see
+        self.lost_answers: set[str] = set()  # references whose next `ready` is stored, and its answer lost on the way
+        self._last: dict[str, int] = {}
+        self._client: Client | None = None
+
+    def open(self, client: Client) -> None:
+        """Signals may come before; from now on the shop can speak too."""
+        self._client = client
+
+    @property
+    def client(self) -> Client:
+        if self._client is None:
+            raise RuntimeError("the shop is not open yet")
+        return self._client
+
+    async def register(self, order: Order, *, requested_at: str | None = None) -> Order:
+        """Registers the order; what it waits for may have happened already."""
+        self.orders[order.reference] = order
+        body: dict[str, Any] = {
+            "brand": self.brand,
+            "reference": order.reference,
+            "metadata": {"story": order.story},
+            "legs": order.legs,
+        }
+        if requested_at is not None:
+            body["requestedAt"] = requested_at
+        answer = await self.client.register(body)
+        order.id = answer["id"]
+        if order.status == "new":
+            order.status, order.changed_at = answer["status"], asyncio.get_running_loop().time()
+        order.news()
+        return order
+
+    # ---- what comes in
+
+    def take(self, signal: Received) -> int:
+        """The receivers' rule. Answers 2xx once the signal is kept."""
+        if signal.repeated:
+            return 204
+        self.signals[signal.type] += 1
+        self.streams.add(str(signal.data["stream"]))
+        order = self.orders.get(signal.reference or "")
+        if order is None:
+            self.strange.append(f"{signal.type} about {signal.reference or 'no operation'}, which the shop never registered")
+            return 204
+        if signal.sequence <= self._last.get(order.reference, -1):
+            self.strange.append(f"{signal.type} of {order.reference} came out of order")
+            return 204
+        self._last[order.reference] = signal.sequence
+        order.signals.append(signal)
+        order.status, order.generation = signal.data["operation"]["status"], signal.generation
+        order.changed_at = signal.at
+        if signal.type == READY:
+            self._ready(order, signal)
+        self._tell(order, signal)
+        order.news()
+        if signal.type == READY and order.reference in self.lost_answers:
+            self.lost_answers.discard(order.reference)
+            return 503  # kept, and the sender doesn't know
+        return 204
+
+    def _ready(self, order: Order, signal: Received) -> None:
+        if order.evidence_tx is not None:
+            settled_by = {evidence["txHash"] for evidence in signal.data["evidence"]}
+            if settled_by != {order.evidence_tx}:
+                self.strange.append(f"{order.reference} was settled by {settled_by}, not by {order.evidence_tx}")
+        arrivals = [self._arrivals.get(evidence["blockHash"], signal.at) for evidence in signal.data["evidence"]]
+        if order.measured and signal.generation == 1 and arrivals:
+            # our socket may tell the block later than the daemon's: then nothing was waited for
+            order.latency_ms = max(0.0, signal.at - max(arrivals)) * 1000
+        if order.hands_over:
+            self._background(self._hand_over(order, signal.generation))
+
+    async def _hand_over(self, order: Order, generation: int) -> None:
+        """Before the irreversible the truth is asked for: a webhook is news of it."""
+        truth = await self.client.operation(order.id)
+        if truth["status"] == "ready" and truth["generation"] == generation:
+            await self.fulfil(order, generation)
+
+    async def fulfil(self, order: Order, generation: int) -> None:
+        """Hands over. A generation taken back meanwhile is recorded all the same: an exposure, which the story may want."""
+        try:
+            await self.client.fulfil(order.id, generation, {"parcel": f"P-{order.reference}"})
+        except Answered as problem:
+            if problem.status != 409 or not str(problem.problem.get("type", "")).endswith("reverted"):
+                raise
+
+    # ---- what is known
+
+    async def truth(self, order: Order) -> dict[str, Any]:
+        """The operation over HTTP; the order is brought up to date with it."""
+        answer = await self.client.operation(order.id)
+        if (answer["status"], answer["generation"]) != (order.status, order.generation):
+            order.status, order.generation = answer["status"], answer["generation"]
+            order.changed_at = asyncio.get_running_loop().time()
+        order.news()
+        return answer
+
+    async def becomes(self, order: Order, status: str) -> dict[str, Any]:
+        """The operation, once HTTP shows it in that state: for changes that no signal tells. Raises Disappointed."""
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                while (answer := await self.truth(order))["status"] != status:
+                    await asyncio.sleep(0.2)
+        except TimeoutError:
+            raise Disappointed(f"waited {PATIENCE_SECONDS:.0f} s for {status}; {order.described()}") from None
+        return answer
+
+    async def ended(self, order: Order) -> None:
+        """Once the order has ended as it should. Raises Disappointed."""
+        end = order.end
+        if end.trace is not None:
+            await order.until(lambda: order.trace == end.trace, f"the signals {', '.join(end.trace) or 'none'}")
+        if end.status == "fulfilled":
+            await order.heard("finalized")
+        await self.becomes(order, end.status)
