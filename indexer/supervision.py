@@ -66,6 +66,7 @@ class Supervisor:
                     await body(lease)
                 state.problem = None
             except LeaseLost as error:
+                state.become("waiting")
                 self._metrics.leases_lost.labels(task).inc()
                 log.warning("stepped down", task=task, reason=error.why)
             except Exception as error:

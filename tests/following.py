@@ -16,11 +16,13 @@ import msgspec
 from eth_abi.abi import encode
 from eth_hash.auto import keccak
 
+from indexer.chain.backfill import fill_history
 from indexer.chain.decode import Decoder
 from indexer.chain.follower import follow
 from indexer.chain.heads import HeadStream
 from indexer.chain.rpc import Rpc
 from indexer.config import Chain
+from indexer.store import chains, coverage
 from indexer.store.database import Database
 from indexer.store.leases import Leases
 from indexer.store.wakeups import Wakeups
@@ -202,3 +204,39 @@ async def following(
         task.cancel()
         with suppress(asyncio.CancelledError, *([fails] if fails else [])):
             await task
+
+
+@asynccontextmanager
+async def filling(
+    database: Database, node: FakeNode, chain: Chain | None = None, *, ttl: float = 15, **more: Any
+) -> AsyncIterator[asyncio.Task[None]]:
+    """History being filled for the body; killed at the end."""
+    chain = chain or chain_config(node)
+    rpc = Rpc(chain.rpc[0].url, timeout=5)
+
+    async def run() -> None:
+        async with rpc, Leases(database, ttl=ttl).hold(f"history:{chain.chain_id}") as lease:
+            await fill_history(chain, rpc, lease, Wakeups(), DECODER, **more)
+
+    task = asyncio.create_task(run())
+    try:
+        yield task
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def history_filled(database: Database, chain_id: int, seconds: float = 30.0) -> None:
+    """Waits until no active emitter misses a block up to finalized."""
+    session = await database.session("test")
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                state = await chains.load_chain(session, chain_id)
+                upto = None if state is None or state.finalized is None else state.finalized.number
+                if upto is not None and not await coverage.gaps(session, chain_id, upto):
+                    return
+                await asyncio.sleep(0.02)
+    finally:
+        await session.close()

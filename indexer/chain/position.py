@@ -24,6 +24,7 @@ from indexer.config import Chain
 from indexer.model.types import Address, BlockRef, Hash32, Header, Schedule, hex0x
 from indexer.store import chains, facts
 from indexer.store.chains import Emitter
+from indexer.store.coverage import Covered
 from indexer.store.leases import Lease
 from indexer.store.wakeups import Wakeups
 from indexer.telemetry import Metrics
@@ -80,7 +81,7 @@ class Position:
         self.floor = BlockRef(0, Hash32(b""))  # nothing at or below it is ever undone
         self._finalized: BlockRef | None = None
         self._orphan_above: int | None = None  # a rewind that waits for the first blocks of the new branch
-        self._unfollowed: list[Address] = []  # in the filter, but not yet said to be in the store
+        self._unfollowed: list[Address] = []  # in the filter, but not yet said to be so in the store
         self._recent: OrderedDict[int, BlockRef] = OrderedDict()
         self._mode: Mode | None = None
         self._pruned_to = 0
@@ -128,6 +129,8 @@ class Position:
             await position._begin()
         await position._find_floor()
         await position._refresh()
+        if position.cursor == position.floor:
+            await position._take_in()
         return position
 
     async def _begin(self) -> None:
@@ -183,8 +186,6 @@ class Position:
 
     async def commit(self, step: Step, mode: Mode) -> None:
         """Stores one step: the un-confirming of an old branch, the new blocks and events, the cursor. One transaction."""
-        low = self.cursor.number + 1
-        follow = (self._unfollowed, low) if self._unfollowed and step.covered else None
         async with self._lease.transaction() as conn:
             done = await facts.commit_step(
                 conn,
@@ -195,11 +196,8 @@ class Position:
                 covered=step.covered,
                 mode=mode,
                 orphan_above=self._orphan_above,
-                follow=follow,
             )
         self._wakeups.poke(*(("facts", "heads") if done.events or done.orphaned_events else ("heads",)))
-        if follow is not None:
-            self._unfollowed = []
         if self._orphan_above is not None and self._metrics is not None:
             self._metrics.saw_reorganisation(self.chain.name, done.orphaned_blocks)
         self._orphan_above = None
@@ -274,6 +272,29 @@ class Position:
             self._show_tags(safe if "safe" in moved else None, finalized if "finalized" in moved else None)
         if self._orphan_above is None:
             await self._refresh()
+            await self._take_in()
+
+    async def _take_in(self) -> None:
+        """Emitters that are new to following (configured, or found by history): what they logged since finalized is read
+        now, since history will not reach it before it is finalized; from the next block on the head lane has them."""
+        new = frozenset(self._unfollowed)
+        if not new:
+            return
+        rows, headers, covered = Decoded(), [], []
+        if self.cursor.number > self.floor.number:
+            raws = await self._rpc.logs_adaptive(sorted(new), self.floor.number + 1, self.cursor.number)
+            end = (await headers_of(self._rpc, [self.cursor.number], self.schedule, self._count))[0]
+            if end.hash != self.cursor.hash:
+                raise Unsettled(f"{self._rpc.name}: block {end.number} is not the one that was followed")
+            step = await self.gatherer.by_range(self.floor, end, raws, new)
+            rows, headers = step.rows, step.headers
+            covered = [Covered(e, self.floor.number + 1, self.cursor.number, "unverified") for e in sorted(new)]
+        async with self._lease.transaction() as conn:
+            done = await facts.commit_range(conn, self.chain.chain_id, rows=rows, headers=headers, covered=covered)
+            await chains.set_followed(conn, self.chain.chain_id, self._unfollowed, self.cursor.number + 1)
+        self._unfollowed = []
+        if done.events:
+            self._wakeups.poke("facts")
 
     async def _tag(self, tag: Literal["safe", "finalized"]) -> Header | None:
         raw = await self._rpc.header(tag)

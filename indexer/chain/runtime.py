@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Protocol
 
+from indexer.chain.backfill import fill_history
 from indexer.chain.decode import Decoder
 from indexer.chain.follower import follow
 from indexer.chain.heads import HeadStream
@@ -68,8 +69,6 @@ class ChainRuntime:
         )
 
     async def fill_history(self, lease: Lease) -> None:
-        from indexer.chain.backfill import fill_history
-
         await fill_history(
             self._chain,
             self._rpc,

@@ -135,12 +135,14 @@ class Gatherer:
 
     # --------------------------------------------------------------------- ranges
 
-    async def by_range(self, cursor: BlockRef, end: Header, raws: Sequence[RawLog]) -> Step:
+    async def by_range(
+        self, cursor: BlockRef, end: Header, raws: Sequence[RawLog], only: frozenset[bytes] | None = None
+    ) -> Step:
         """The logs of cursor+1 … end, bound to the headers of their blocks; what fits none is asked for again by hash.
 
-        Raises Unsettled when the chain moved under the range.
+        `only`: those that were asked for, where that is not the whole filter. Raises Unsettled when the chain moved under the range.
         """
-        wanted, headers = self.filter, {end.number: end}
+        wanted, headers = self.filter if only is None else only, {end.number: end}
         logs = await self._bind(cursor, end, raws, wanted, headers)
         while True:
             rows = self._decoder.decode(logs, self.speakers)

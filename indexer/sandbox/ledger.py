@@ -79,9 +79,7 @@ class Ledger:
     def issuance(
         self, holder: Party, amount: int, *, loyfin: Loyfin, programme: Metadata, by: Party = BLOOM, **terms: Any
     ) -> Issuance:
-        return loyfin.issuance(
-            by, holder.address, amount, loyalty_id=programme.loyalty_id, metadata=programme, **terms
-        )
+        return loyfin.issuance(by, holder.address, amount, loyalty_id=programme.loyalty_id, metadata=programme, **terms)
 
     def redemption(
         self, holder: Party, amount: int, *, loyfin: Loyfin, programme: Metadata, by: Party = BLOOM, **terms: Any
@@ -105,6 +103,8 @@ class Ledger:
         return await Loyfin(self._unlucky, loyfin.deployment, relayer=relayer).submit(signed)
 
     async def send_again(self, tx_hash: Hash32) -> None:
+        """Its relayer is given gas again first: the reorganisation may have undone that too."""
+        await self.node.set_balance(self._unlucky.sent(tx_hash).sender, WEALTH)
         await self._unlucky.resend(tx_hash)
 
     async def mined(self, tx_hash: Hash32) -> Receipt:
@@ -117,6 +117,14 @@ class Ledger:
     async def now(self) -> int:
         """The head's time, Unix seconds."""
         return int((await self.node.block())["timestamp"], 16)
+
+    async def until_after(self, second: int) -> None:
+        """Once the head's time is beyond that Unix second."""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while True:
+                if await self.now() > second:
+                    return
+                await asyncio.sleep(BLOCK_SECONDS / 2)
 
     # ---- reorganisations
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
 
 from indexer.sandbox.client import Answered, Client
 from indexer.sandbox.receiver import Received
 
 PATIENCE_SECONDS = 90.0  # for anything that the daemon should do
+LOOK_SECONDS = 0.2  # between questions about what no signal tells
 
 READY = "operation.ready"
 FINALIZED = "operation.finalized"
@@ -99,24 +103,34 @@ class Order:
 
 
 class Shop:
-    """Register with `register`; feed `take` with what the receiver verified. Use within `async with` of a task group that
-    `background` starts tasks in."""
+    """An async context manager: what it does in the background ends with it. `orders` is filled by `register`; feed `take`
+    with what the receiver verified. `arrivals` are the times at which blocks came, by hash."""
 
     def __init__(
         self,
         brand: str,
-        background: Callable[[Coroutine[Any, Any, None]], object],
+        orders: dict[str, Order],
         arrivals: Mapping[str, float],
         tell: Callable[[Order, Received], None],
     ) -> None:
-        self.brand, self._background, self._arrivals, self._tell = brand, background, arrivals, tell
-        self.orders: dict[str, Order] = {}
+        self.brand, self.orders, self._arrivals, self._tell = brand, orders, arrivals, tell
         self.signals: Counter[str] = Counter()  # verified ones by type, repetitions apart
         self.streams: set[str] = set()
         self.strange: list[str] = []  # what a receiver should never see
         self.lost_answers: set[str] = set()  # references whose next `ready` is stored, and its answer lost on the way
         self._last: dict[str, int] = {}
         self._client: Client | None = None
+        self._busy: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._busy:
+            task.cancel()
+        await asyncio.gather(*self._busy, return_exceptions=True)
 
     def open(self, client: Client) -> None:
         """Signals may come before; from now on the shop can speak too."""
@@ -156,13 +170,16 @@ class Shop:
         self.streams.add(str(signal.data["stream"]))
         order = self.orders.get(signal.reference or "")
         if order is None:
-            self.strange.append(f"{signal.type} about {signal.reference or 'no operation'}, which the shop never registered")
+            self.strange.append(
+                f"{signal.type} about {signal.reference or 'no operation'}, which the shop never registered"
+            )
             return 204
         if signal.sequence <= self._last.get(order.reference, -1):
             self.strange.append(f"{signal.type} of {order.reference} came out of order")
             return 204
         self._last[order.reference] = signal.sequence
         order.signals.append(signal)
+        order.id = signal.data["operation"]["id"]  # it may be here before the answer to the registration
         order.status, order.generation = signal.data["operation"]["status"], signal.generation
         order.changed_at = signal.at
         if signal.type == READY:
@@ -184,13 +201,18 @@ class Shop:
             # our socket may tell the block later than the daemon's: then nothing was waited for
             order.latency_ms = max(0.0, signal.at - max(arrivals)) * 1000
         if order.hands_over:
-            self._background(self._hand_over(order, signal.generation))
+            task = asyncio.create_task(self._hand_over(order, signal.generation))
+            self._busy.add(task)
+            task.add_done_callback(self._busy.discard)
 
     async def _hand_over(self, order: Order, generation: int) -> None:
         """Before the irreversible the truth is asked for: a webhook is news of it."""
-        truth = await self.client.operation(order.id)
-        if truth["status"] == "ready" and truth["generation"] == generation:
-            await self.fulfil(order, generation)
+        try:
+            truth = await self.client.operation(order.id)
+            if truth["status"] == "ready" and truth["generation"] == generation:
+                await self.fulfil(order, generation)
+        except (Answered, TimeoutError, aiohttp.ClientError) as error:
+            self.strange.append(f"{order.reference} could not be handed over: {error or type(error).__name__}")
 
     async def fulfil(self, order: Order, generation: int) -> None:
         """Hands over. A generation taken back meanwhile is recorded all the same: an exposure, which the story may want."""
@@ -215,11 +237,13 @@ class Shop:
         """The operation, once HTTP shows it in that state: for changes that no signal tells. Raises Disappointed."""
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
-                while (answer := await self.truth(order))["status"] != status:
-                    await asyncio.sleep(0.2)
+                while True:
+                    answer = await self.truth(order)
+                    if answer["status"] == status:
+                        return answer
+                    await asyncio.sleep(LOOK_SECONDS)
         except TimeoutError:
             raise Disappointed(f"waited {PATIENCE_SECONDS:.0f} s for {status}; {order.described()}") from None
-        return answer
 
     async def ended(self, order: Order) -> None:
         """Once the order has ended as it should. Raises Disappointed."""

@@ -281,7 +281,7 @@ class _Desk:
                 if not all(leg.released for leg in operation.legs):
                     self.changes.released.append(operation.id)
             case State.CONFLICT:
-                late = late or before in (State.EXPIRED, State.CANCELLED)
+                late = late or passing  # passed through: a person has accepted what settled after all
                 kind, cause = signals.OF_STATE[state], "settled after it was closed" if late else "terms differ"
                 causes += self._decided(operation)
                 causes += [

@@ -256,6 +256,19 @@ async def sync_emitters(conn: Connection, chain_id: int, configured: Sequence[Em
     )
 
 
+async def set_followed(conn: asyncpg.Connection, chain_id: int, addresses: Sequence[Address], first: int) -> None:
+    """From block `first` on, these are in the follower's filter: the head lane speaks for them."""
+    await conn.execute(
+        """
+        UPDATE indexer.emitter SET followed_from = $3
+        WHERE chain_id = $1 AND address = ANY($2::bytea[]) AND followed_from IS NULL AND active
+        """,
+        chain_id,
+        list(addresses),
+        first,
+    )
+
+
 # --------------------------------------------------------------------------- tags, latch, pruning
 
 

@@ -43,7 +43,11 @@ def _spans(multirange: Sequence[Any]) -> list[Span]:
 
 
 async def cover(conn: asyncpg.Connection, chain_id: int, claims: Sequence[Covered]) -> None:
-    """Adds the claims. What is better than `unverified` also takes the range out of `unverified`."""
+    """Adds the claims. What is better than `unverified` also takes the range out of `unverified`.
+
+    A second reading of a whole range also takes the place of `gate` in it: at an endpoint without receipts, single
+    unverified blocks would leave that multirange in a thousand pieces.
+    """
     if not claims:
         return
     arrays = (
@@ -69,11 +73,12 @@ async def cover(conn: asyncpg.Connection, chain_id: int, claims: Sequence[Covere
             """
             UPDATE indexer.coverage AS c SET blocks = c.blocks - better.blocks
             FROM (
-                SELECT emitter, range_agg(int8range(low, high, '[]')) AS blocks
+                SELECT emitter, verdict, range_agg(int8range(low, high, '[]')) AS blocks
                 FROM unnest($2::bytea[], $3::text[], $4::bigint[], $5::bigint[]) AS claim (emitter, verdict, low, high)
-                WHERE verdict <> 'unverified' GROUP BY emitter
+                WHERE verdict <> 'unverified' GROUP BY emitter, verdict
             ) AS better
-            WHERE c.chain_id = $1 AND c.emitter = better.emitter AND c.verdict = 'unverified' AND c.blocks && better.blocks
+            WHERE c.chain_id = $1 AND c.emitter = better.emitter AND c.blocks && better.blocks
+              AND (c.verdict = 'unverified' OR (c.verdict = 'gate' AND better.verdict = 'second_look'))
             """,
             chain_id,
             *arrays,
@@ -133,9 +138,7 @@ async def unverified(conn: asyncpg.Connection, chain_id: int, upto: int) -> dict
     return {row["emitter"]: _spans(row["owed"]) for row in rows}
 
 
-async def covered_until(
-    conn: Connection, chain_id: int, emitters: Sequence[bytes], from_block: int
-) -> int | None:
+async def covered_until(conn: Connection, chain_id: int, emitters: Sequence[bytes], from_block: int) -> int | None:
     """The highest block B such that [from_block, B] is covered, better than `unverified`, for each of the emitters.
 
     Blocks before an emitter's start_block count as covered. None: `from_block` itself is not covered for one of them, or

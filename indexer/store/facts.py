@@ -7,14 +7,14 @@ the facts mean is left to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import asyncpg
 import msgspec
 
-from indexer.model.types import Address, Header
+from indexer.model.types import Header
 from indexer.store import chains, coverage, tables
 from indexer.store.coverage import HEAD_LANE, Covered, Verdict
 
@@ -31,7 +31,9 @@ _TABLE = {
 }
 _COLUMNS = {name: [c.name for c in table.columns] for name, table in _TABLE.items()}
 _KEY = {name: ", ".join(c.name for c in table.primary_key) for name, table in _TABLE.items()}
-_BLOCK = _COLUMNS["movements"].index("block_number")  # the leading columns are the same everywhere
+_BLOCK, _LOG_INDEX, _BLOCK_HASH, _TX_HASH = (  # the leading columns are the same everywhere
+    _COLUMNS["movements"].index(column) for column in ("block_number", "log_index", "block_hash", "tx_hash")
+)
 _SMALL = 200  # rows up to which single upserts in a pipeline beat COPY
 
 # The names come from the declaration, never from outside. A row that returns (the branch won after all) is canonical again.
@@ -43,6 +45,12 @@ _UPSERT = {
     name: f"INSERT INTO indexer.{table.name} ({', '.join(_COLUMNS[name])}) "  # noqa: S608
     f"VALUES ({', '.join(f'${i + 1}' for i in range(len(_COLUMNS[name])))}) {_ON_CONFLICT[name]}"
     for name, table in _TABLE.items()
+}
+# A second look corrects what the first answer got wrong beside the place: a transaction's hash or index.
+_REPAIR = {
+    name: _UPSERT[name].partition(" ON CONFLICT")[0]
+    + f" ON CONFLICT ({_KEY[name]}) DO UPDATE SET {', '.join(f'{c} = excluded.{c}' for c in _COLUMNS[name])}"
+    for name in _TABLE
 }
 _UNSTAGE = {
     name: f"INSERT INTO indexer.{table.name} ({', '.join(_COLUMNS[name])}) "  # noqa: S608
@@ -75,21 +83,64 @@ class Committed:
     orphaned_events: int = 0
 
 
+class Place(NamedTuple):
+    """Where a log stands: unique on a chain, whatever the log says."""
+
+    number: int
+    block_hash: bytes
+    log_index: int
+
+
+class Stored(NamedTuple):
+    tx_hash: bytes
+    emitter: bytes
+
+
+def places(rows: Rows) -> dict[Place, bytes]:
+    """The logs behind decoded rows, with their transactions' hashes."""
+    return {
+        Place(row[_BLOCK], row[_BLOCK_HASH], row[_LOG_INDEX]): row[_TX_HASH]
+        for name in EVENT_TABLES
+        for row in getattr(rows, name)
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class SomeRows:
+    """A part of decoded rows."""
+
+    programmes: Sequence[Row]
+    movements: Sequence[Row]
+    transfers: Sequence[Row]
+    programme_events: Sequence[Row]
+    raw_logs: Sequence[Row]
+
+
+def only(rows: Rows, wanted: Collection[Place]) -> SomeRows:
+    """The rows of these logs."""
+    return SomeRows(
+        *(
+            [r for r in getattr(rows, name) if Place(r[_BLOCK], r[_BLOCK_HASH], r[_LOG_INDEX]) in wanted]
+            for name in EVENT_TABLES
+        )
+    )
+
+
 async def stored_events(
     conn: asyncpg.Connection, chain_id: int, emitters: Sequence[bytes], low: int, high: int
-) -> dict[tuple[bytes, int], tuple[int, bytes]]:
-    """Canonical logs of the emitters in a range, in any of the event tables: (block hash, log index) → (number, emitter)."""
+) -> dict[Place, Stored]:
+    """Canonical logs of the emitters in a range, in any of the event tables."""
     rows = await conn.fetch(
         """
-        SELECT block_hash, log_index, block_number, emitter FROM indexer.programme
+        SELECT block_hash, log_index, block_number, emitter, tx_hash FROM indexer.programme
         WHERE chain_id = $1 AND block_number BETWEEN $2 AND $3 AND canonical AND emitter = ANY($4::bytea[])
-        UNION SELECT block_hash, log_index, block_number, emitter FROM indexer.movement
+        UNION SELECT block_hash, log_index, block_number, emitter, tx_hash FROM indexer.movement
         WHERE chain_id = $1 AND block_number BETWEEN $2 AND $3 AND canonical AND emitter = ANY($4::bytea[])
-        UNION SELECT block_hash, log_index, block_number, emitter FROM indexer.transfer
+        UNION SELECT block_hash, log_index, block_number, emitter, tx_hash FROM indexer.transfer
         WHERE chain_id = $1 AND block_number BETWEEN $2 AND $3 AND canonical AND emitter = ANY($4::bytea[])
-        UNION SELECT block_hash, log_index, block_number, emitter FROM indexer.programme_event
+        UNION SELECT block_hash, log_index, block_number, emitter, tx_hash FROM indexer.programme_event
         WHERE chain_id = $1 AND block_number BETWEEN $2 AND $3 AND canonical AND emitter = ANY($4::bytea[])
-        UNION SELECT block_hash, log_index, block_number, emitter FROM indexer.raw_log
+        UNION SELECT block_hash, log_index, block_number, emitter, tx_hash FROM indexer.raw_log
         WHERE chain_id = $1 AND block_number BETWEEN $2 AND $3 AND canonical AND emitter = ANY($4::bytea[])
         """,
         chain_id,
@@ -97,7 +148,7 @@ async def stored_events(
         high,
         list(emitters),
     )  # each branch leans on its table's primary key
-    return {(r["block_hash"], r["log_index"]): (r["block_number"], r["emitter"]) for r in rows}
+    return {Place(r["block_number"], r["block_hash"], r["log_index"]): Stored(r["tx_hash"], r["emitter"]) for r in rows}
 
 
 # --------------------------------------------------------------------------- writing facts
@@ -113,12 +164,10 @@ async def commit_step(
     covered: Sequence[tuple[Verdict, int, int]],
     mode: Literal["socket", "polling"],
     orphan_above: int | None = None,
-    follow: tuple[Sequence[Address], int] | None = None,
 ) -> Committed:
     """One step of the follower: un-confirm what a reorganisation undid, store the new blocks, move the cursor to `head`.
 
-    `covered` are (verdict, low, high) of the head lane; `follow` names emitters that are in the filter from a block on.
-    Readers see the old branch or the new one, never a hole.
+    `covered` are (verdict, low, high) of the head lane. Readers see the old branch or the new one, never a hole.
     """
     orphaned_blocks, orphaned_events, low, high = 0, 0, None, None
     if orphan_above is not None:
@@ -128,16 +177,6 @@ async def commit_step(
     if numbers:
         low = min(numbers if low is None else (*numbers, low))
         high = max(numbers if high is None else (*numbers, high))
-    if follow is not None and follow[0]:
-        await conn.execute(
-            """
-            UPDATE indexer.emitter SET followed_from = $3
-            WHERE chain_id = $1 AND address = ANY($2::bytea[]) AND followed_from IS NULL AND active
-            """,
-            chain_id,
-            list(follow[0]),
-            follow[1],
-        )
     await coverage.cover(conn, chain_id, [Covered(HEAD_LANE, a, b, verdict) for verdict, a, b in covered])
     await chains.store_headers(conn, chain_id, headers)
     await conn.execute(
@@ -162,13 +201,15 @@ async def commit_range(
     rows: Rows,
     covered: Sequence[Covered],
     headers: Sequence[Header] = (),
-    withdraw: Sequence[tuple[int, bytes, int]] = (),
+    withdraw: Sequence[Place] = (),
+    repair: bool = False,
 ) -> Committed:
-    """A range below finalized: events and the coverage that speaks for them.
+    """A range of one's own, beside the head lane: events and the coverage that speaks for them.
 
-    `withdraw` names stored logs (number, block hash, log index) that a second look proved wrong: they stop being canonical.
+    `withdraw` names stored logs that a second look proved wrong: they stop being canonical. `repair`: rows that are there
+    already are overwritten.
     """
-    numbers = await store_events(conn, chain_id, rows, followed=False)
+    numbers = await store_events(conn, chain_id, rows, followed=False, repair=repair)
     gone = await _withdraw(conn, chain_id, withdraw) if withdraw else 0
     if headers:
         await chains.store_headers(conn, chain_id, headers)
@@ -178,7 +219,9 @@ async def commit_range(
     return Committed(len(numbers), orphaned_events=gone)
 
 
-async def store_events(conn: asyncpg.Connection, chain_id: int, rows: Rows, *, followed: bool) -> list[int]:
+async def store_events(
+    conn: asyncpg.Connection, chain_id: int, rows: Rows, *, followed: bool, repair: bool = False
+) -> list[int]:
     """Stores decoded rows and makes the tokens of new programmes emitters. Answers the rows' block numbers.
 
     `followed`: the caller's filter, or its second fetch, included these tokens from their first block on.
@@ -191,8 +234,8 @@ async def store_events(conn: asyncpg.Connection, chain_id: int, rows: Rows, *, f
         numbers.extend(row[_BLOCK] for row in batch)
         if name == "programme_events":  # args are JSON already: the connection's codec shall not quote them again
             batch = [(*row[:-1], msgspec.Raw(row[-1].encode())) for row in batch]
-        if len(batch) <= _SMALL:
-            await conn.executemany(_UPSERT[name], batch)
+        if repair or len(batch) <= _SMALL:
+            await conn.executemany((_REPAIR if repair else _UPSERT)[name], batch)
         else:
             await _copy(conn, name, batch)
     if rows.programmes:
@@ -282,7 +325,7 @@ async def _unconfirm(conn: asyncpg.Connection, chain_id: int, ancestor: int) -> 
     return row["blocks"], row["events"], row["low"], row["high"]
 
 
-async def _withdraw(conn: asyncpg.Connection, chain_id: int, logs: Sequence[tuple[int, bytes, int]]) -> int:
+async def _withdraw(conn: asyncpg.Connection, chain_id: int, logs: Sequence[Place]) -> int:
     arrays = ([n for n, _, _ in logs], [h for _, h, _ in logs], [i for _, _, i in logs])
     total = 0
     for table in _TABLE.values():

@@ -1,0 +1,88 @@
+"""History from a fast local node: the product beside the plain web3 script, on one node and one PostgreSQL.
+
+Both run alone, one after the other, in processes of their own, so processor time and memory are theirs; the node's and
+PostgreSQL's are told apart from them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.bench import ours, yardstick
+from tests.bench.history import Shape
+from tests.bench.measure import Server, alone, node, postgres, tree_cpu
+
+SAMPLE_BLOCKS = 3_000  # what the yardstick reads; it is too slow for the whole
+
+
+async def run(scale: float, *, durable: bool = True, profile: str | None = None, beside: bool = True) -> dict[str, Any]:
+    """The figures of both sides and their ratios. Events are counted in the tables at the end."""
+    shape = Shape(blocks=max(1_000, round(100_000 * scale)))
+    sample = Shape(blocks=min(shape.blocks, SAMPLE_BLOCKS))
+    async with postgres(durable=durable) as server, node(shape) as source:
+
+        async def side(module: str, task: object) -> dict[str, Any]:
+            source.calls()
+            servers, nodes = server.cpu(), tree_cpu(source.pid)
+            figures = await alone(module, task)
+            figures["postgres_cpu"], figures["node_cpu"] = server.cpu() - servers, tree_cpu(source.pid) - nodes
+            figures["calls"] = source.calls()
+            return _per(figures)
+
+        product = await side("tests.bench.ours", ours.Task(source.url, server.url, shape, profile))
+        result: dict[str, Any] = {"blocks": shape.blocks, "durable": durable, "product": product}
+        if beside:
+            plain = await _yardstick(side, source.url, server, sample)
+            result |= {"yardstick": plain, "ratios": _ratios(product, plain)}
+    return result
+
+
+async def _yardstick(side: Any, url: str, server: Server, sample: Shape) -> dict[str, Any]:
+    figures: dict[str, Any] = await side("tests.bench.yardstick", yardstick.Task(url, server.owner_url, sample.blocks))
+    figures["sample"] = True
+    return figures
+
+
+def _per(figures: dict[str, Any]) -> dict[str, Any]:
+    events = figures["events"]
+    share = 100_000 / events
+    return {
+        "events": events,
+        "seconds": round(figures["seconds"], 3),
+        "events_per_second": round(events / figures["seconds"]),
+        "cpu_seconds_per_100k": round(figures["cpu"] * share, 2),
+        "postgres_cpu_seconds_per_100k": round(figures["postgres_cpu"] * share, 2),
+        "node_cpu_seconds_per_100k": round(figures["node_cpu"] * share, 2),
+        "peak_mb": round(figures["peak_mb"]),
+        **({"idle_mb": round(figures["idle_mb"])} if "idle_mb" in figures else {}),
+        "calls": sum(figures["calls"].values()),
+        "calls_by_method": figures["calls"],
+        "calls_per_100k": round(sum(figures["calls"].values()) * share),
+    }
+
+
+def _ratios(product: dict[str, Any], plain: dict[str, Any]) -> dict[str, float]:
+    return {
+        "events_per_second": round(product["events_per_second"] / plain["events_per_second"], 1),
+        "cpu": round(plain["cpu_seconds_per_100k"] / product["cpu_seconds_per_100k"], 1),
+        "calls": round(plain["calls_per_100k"] / max(1, product["calls_per_100k"]), 1),
+    }
+
+
+def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of text for people."""
+    product, plain, ratios = result["product"], result.get("yardstick"), result.get("ratios")
+    rows: list[tuple[str, ...]] = [("", "product", "web3 script", "ratio")]
+
+    def row(title: str, key: str, ratio: str | None = None) -> None:
+        of_plain = f"{plain[key]:,}" if plain and key in plain else "-"
+        of_ratio = f"{ratios[ratio]:g}×" if ratio and ratios else ""
+        rows.append((title, f"{product[key]:,}", of_plain, of_ratio))
+
+    row("events read", "events")
+    row("events per second", "events_per_second", "events_per_second")
+    row("CPU s per 100,000 events, own process", "cpu_seconds_per_100k", "cpu")
+    row("CPU s per 100,000 events, PostgreSQL", "postgres_cpu_seconds_per_100k")
+    row("peak memory, MB", "peak_mb")
+    row("calls per 100,000 events", "calls_per_100k", "calls")
+    return rows
