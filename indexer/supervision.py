@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final
 
+import asyncpg
 import structlog
 
 from indexer.store.leases import Lease, LeaseLost, Leases
@@ -73,7 +74,10 @@ class Supervisor:
                 state.become("failed")
                 state.problem = f"{type(error).__name__}: {error}"
                 self._metrics.loop_restarts.labels(task, type(error).__name__).inc()
-                known = getattr(error, "explains_itself", False) or isinstance(error, (OSError, asyncio.TimeoutError))
+                # a full disk, too many connections: the server's own words say it, and no line of ours is to blame
+                known = getattr(error, "explains_itself", False) or isinstance(
+                    error, (OSError, TimeoutError, asyncpg.InsufficientResourcesError)
+                )
                 log.error("task failed", task=task, error=state.problem, retry_seconds=round(pause, 2), exc_info=not known)
             finally:
                 self._metrics.leases.labels(task).set(0)

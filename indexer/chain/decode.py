@@ -69,6 +69,9 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 
 
+_REASON = COLUMNS["raw_log"].index("reason")
+
+
 # ------------------------------------------------------------------------------------------------ who may speak
 
 
@@ -134,6 +137,11 @@ class Decoded:
     raw_logs: list[Row] = field(default_factory=list)
     lookalikes: Counter[str] = field(default_factory=Counter)
     tokens: list[Token] = field(default_factory=list)
+
+    @property
+    def quarantined(self) -> Counter[str]:
+        """The raw rows by reason: 'unknown_topic', 'undecodable', 'oversized'."""
+        return Counter(row[_REASON] for row in self.raw_logs)
 
 
 # What the events mean is tied to the whole signature: an event of another shape is another event.

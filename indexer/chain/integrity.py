@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from indexer.chain.proof import bloom_admits, bloom_bits, bloom_of, bloom_of_logs, header_hash
 from indexer.chain.wire import Log, RawHeader, RawLog, RawReceipt, exact_bytes, quantity
@@ -48,6 +48,8 @@ Subject = TypeVar("Subject")
 
 class Lie(Exception):
     """An answer that contradicts itself, its question, or what we hold. `check` is the metric's label."""
+
+    explains_itself: ClassVar[bool] = True
 
     def __init__(self, check: str, what: str) -> None:
         super().__init__(f"{check}: {what}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from indexer.chain.integrity import verify_header
 from indexer.chain.rpc import Rpc
@@ -28,9 +29,13 @@ class Reorganised(Exception):
 class Unsettled(Exception):
     """Answers that do not fit each other or what we hold: as in the middle of a reorganisation. Discarded, asked again."""
 
+    explains_itself: ClassVar[bool] = True
+
 
 class FinalityViolation(Exception):
     """The node's chain left ours below our finalized block. `ours` and `theirs` are the two sides at one height."""
+
+    explains_itself: ClassVar[bool] = True
 
     def __init__(self, chain: str, endpoint: str, ours: BlockRef, theirs: BlockRef | None) -> None:
         other = "another block" if theirs is None else f"block {theirs.number} {hex0x(theirs.hash)}"

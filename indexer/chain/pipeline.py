@@ -221,3 +221,5 @@ class Backfill:
             self._metrics.backfill_events.labels(self._chain.name).inc(done.events)
             for reason, number in rows.lookalikes.items():
                 self._metrics.lookalikes.labels(self._chain.name, reason).inc(number)
+            for reason, number in rows.quarantined.items():
+                self._metrics.quarantined_logs.labels(self._chain.name, reason).inc(number)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 import structlog
 
@@ -21,7 +21,7 @@ from indexer.chain.rpc import Rpc
 from indexer.chain.schedule import BASE, check_chain_id, check_genesis, discover
 from indexer.chain.steps import Gatherer, Step
 from indexer.config import Chain
-from indexer.model.types import Address, BlockRef, Hash32, Header, Schedule, hex0x
+from indexer.model.types import Address, BlockRef, Hash32, Header, Schedule, hash32, hex0x
 from indexer.store import chains, facts
 from indexer.store.chains import Emitter
 from indexer.store.coverage import Covered
@@ -59,6 +59,10 @@ def speakers_of(chain: Chain, programmes: list[chains.Programme]) -> Speakers:
         hubs,
         {p.token: (p.factory, p.issuer, p.loyalty_id) for p in programmes},
     )
+
+
+def _ref(latched: Mapping[str, Any]) -> BlockRef:
+    return BlockRef(latched["number"], hash32(latched["hash"]))
 
 
 class Position:
@@ -111,12 +115,9 @@ class Position:
         genesis = await check_genesis(rpc, chain.name, None if state is None else state.genesis_hash)
         schedule = await discover(rpc, chain.chain_id, genesis, schedules)
         if state is not None and state.latch is not None:
-            ours = state.latch["ours"]
+            theirs = state.latch["theirs"]
             raise FinalityViolation(
-                chain.name,
-                state.latch["endpoint"],
-                BlockRef(ours["number"], Hash32(bytes.fromhex(ours["hash"][2:]))),
-                None,
+                chain.name, state.latch["endpoint"], _ref(state.latch["ours"]), None if theirs is None else _ref(theirs)
             )
         async with lease.transaction() as conn:
             await chains.ensure_chain(conn, chain.chain_id, chain.name, genesis, schedule)
@@ -127,10 +128,14 @@ class Position:
             position._finalized = state.finalized
         else:
             await position._begin()
-        await position._find_floor()
+        position._find_floor(genesis)
+        # what an earlier run left unpruned is near its last finalized block
+        position._pruned_to = max(0, (position._finalized or position.cursor).number - 10_000)
         await position._refresh()
-        if position.cursor == position.floor:
+        if position._finalized is None:
             await position._take_in()
+        if metrics is not None:
+            metrics.latched.labels(chain.name).set(0)
         return position
 
     async def _begin(self) -> None:
@@ -151,12 +156,12 @@ class Position:
         """The cursor to a finalized block, without claiming what lies between: that is history's to fill."""
         await self.commit(Step([to], Decoded(), [], self.gatherer.filter), "polling")
 
-    async def _find_floor(self) -> None:
+    def _find_floor(self, genesis: Hash32 | None) -> None:
+        """Finalized; until there is such a block, genesis (also after a person accepted the node's chain)."""
         if self._finalized is not None:
             self.floor = self._finalized
-            return
-        lowest = await chains.lowest_held(self._lease.connection, self.chain.chain_id)
-        self.floor = self.cursor if lowest is None else lowest
+        else:
+            self.floor = self.cursor if genesis is None else BlockRef(0, genesis)
 
     async def _refresh(self, upto: int | None = None) -> None:
         """Filter and speakers from the store: at start, after a rewind, and when history found tokens."""
@@ -270,7 +275,7 @@ class Position:
                 self._finalized = self.floor = finalized.ref
                 await self._prune(finalized.number)
             self._show_tags(safe if "safe" in moved else None, finalized if "finalized" in moved else None)
-        if self._orphan_above is None:
+        if self._orphan_above is None and await chains.any_unfollowed(self._lease.connection, self.chain.chain_id):
             await self._refresh()
             await self._take_in()
 
@@ -281,7 +286,7 @@ class Position:
         if not new:
             return
         rows, headers, covered = Decoded(), [], []
-        if self.cursor.number > self.floor.number:
+        if self._finalized is not None and self.cursor.number > self.floor.number:
             raws = await self._rpc.logs_adaptive(sorted(new), self.floor.number + 1, self.cursor.number)
             end = (await headers_of(self._rpc, [self.cursor.number], self.schedule, self._count))[0]
             if end.hash != self.cursor.hash:
@@ -348,9 +353,6 @@ class Position:
         """Headers that nobody needs any more, a thousand heights a transaction."""
         low = self._pruned_to
         while low < finalized:
-            if low == 0:
-                lowest = await chains.lowest_held(self._lease.connection, self.chain.chain_id)
-                low = finalized if lowest is None else min(lowest.number, finalized)
             below = min(finalized, (low // 1000 + 10) * 1000)
             async with self._lease.transaction() as conn:
                 await chains.prune_headers(conn, self.chain.chain_id, low, below)
@@ -376,6 +378,8 @@ class Position:
                 metrics.events.labels(name, event).inc(len(rows))
         for reason, number in step.rows.lookalikes.items():
             metrics.lookalikes.labels(name, reason).inc(number)
+        for reason, number in step.rows.quarantined.items():
+            metrics.quarantined_logs.labels(name, reason).inc(number)
 
     def _show_mode(self, mode: Mode) -> None:
         if self._metrics is not None:

@@ -47,6 +47,7 @@ class Kind(StrEnum):
 class RpcError(Exception):
     """A call failed. `endpoint` is a host, `params` a summary, `detail` the node's own words, shortened and cleaned."""
 
+    explains_itself: ClassVar[bool] = True  # a log needs no traceback
     advice: ClassVar[str] = "look at the endpoint's own status page, or name another endpoint in the configuration"
 
     def __init__(

@@ -8,6 +8,7 @@ chain id has none.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from indexer.chain.integrity import verify_header
 from indexer.chain.rpc import Rpc
@@ -29,9 +30,13 @@ SLACK = 1
 class WrongChain(Exception):
     """The endpoint serves another chain than the configuration, or our database, says. Not to be retried."""
 
+    explains_itself: ClassVar[bool] = True
+
 
 class ScheduleMismatch(Exception):
     """The chain does not keep the schedule that this version knows for it. Not to be retried."""
+
+    explains_itself: ClassVar[bool] = True
 
 
 async def check_chain_id(rpc: Rpc, name: str, chain_id: int) -> None:

@@ -37,6 +37,18 @@ class Heads:
     finalized_time_ms: int = 0
     latched: bool = False
 
+    def least(self, other: Heads) -> Heads:
+        """What two looks at one chain agree on: all that may be said of facts that were read between them."""
+        return Heads(
+            self.chain_id,
+            min(self.head_number, other.head_number),
+            min(self.head_time_ms, other.head_time_ms),
+            min(self.safe_number, other.safe_number),
+            min(self.finalized_number, other.finalized_number),
+            min(self.finalized_time_ms, other.finalized_time_ms),
+            self.latched or other.latched,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:

@@ -42,9 +42,11 @@ SHOP_SCOPES = ("operations:read", "operations:write", "fulfil", "resolve", "stat
 
 def configuration(ledger: Ledger, folder: Path, port: int, webhook: str) -> str:
     """The indexer.toml of the demo: every policy once, a chain that is final within ten seconds."""
+    # the first one's block for both: the hub is older than its factory, and history is to be whole for it too
+    start = ledger.plain.deployment.block_number
     factories = ",\n    ".join(
         "{ "
-        + f'address = "{hex0x(d.factory)}", start_block = {d.block_number}'
+        + f'address = "{hex0x(d.factory)}", start_block = {start}'
         + (f', event_hub = "{hex0x(d.event_hub)}"' if d.event_hub else "")
         + " }"
         for d in (ledger.plain.deployment, ledger.hub.deployment)
@@ -217,7 +219,7 @@ async def run_demo(*, as_json: bool, keep: bool, seed: int) -> int:
     orders: dict[str, Order] = {}
     screen = Screen(sys.stderr if as_json else sys.stdout, orders)
     verdict = Verdict()
-    remove = not keep
+    leave = False
     try:
         async with AsyncExitStack() as stack:
             with screen.live():
@@ -227,6 +229,7 @@ async def run_demo(*, as_json: bool, keep: bool, seed: int) -> int:
                 truths = [truth async for truth in world.shop.client.operations()]
             verdict = judge(world.shop, world.receiver, truths, world.ledger.reorganisations, failed)
             _report(verdict, screen, as_json)
+            leave = keep or not verdict.ok
             if keep:
                 _tell_urls(world, folder, screen)
                 await interruption.wait()
@@ -246,13 +249,14 @@ async def run_demo(*, as_json: bool, keep: bool, seed: int) -> int:
         TimeoutError,
         OSError,
     ) as error:
+        leave = True
         verdict = Verdict(failures=[f"{type(error).__name__}: {error}"])
         _report(verdict, screen, as_json)
     finally:
-        if remove and (verdict.ok or interruption.number is not None):
-            shutil.rmtree(folder, ignore_errors=True)
+        if leave:
+            screen.console.print(f"logs and state are left in {folder}", markup=False)
         else:
-            screen.console.print(f"logs and state are kept in {folder}", markup=False)
+            shutil.rmtree(folder, ignore_errors=True)
     return 0 if verdict.ok else 1
 
 

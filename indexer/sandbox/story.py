@@ -262,7 +262,7 @@ class Stories(Author):
 
     async def half(self) -> None:
         """One leg settles, the other's deadline passes."""
-        late = await self.ledger.now() + DEADLINE_SECONDS
+        late = await self.ledger.now() + 2 * DEADLINE_SECONDS  # the other leg is mined well before
         done = self.draft("half/done", "redemption", CLEO, self.amount("half/done"))
         never = self.draft("half/never", "issuance", BEN, self.amount("half/never"), deadline=late)
         end = End("incomplete", generation=0, trace=("incomplete",))

@@ -72,6 +72,10 @@ async def reconcile(
     if not ids:
         return done
     around = await store.load(conn, ids)
+    # Commits come in between these statements. Heads of before a reorganisation say nothing of blocks after it, nor the other
+    # way round: of facts that were read between two looks, only what both looks say holds.
+    since = await store.heads(conn)
+    heads = {chain: seen.least(since[chain]) for chain, seen in heads.items() if chain in since}
     matching = match(
         around.legs,
         around.movements,
@@ -164,7 +168,11 @@ class _Desk:
             alarms.append(Alarm(leg.chain_id, "finalized_time_ms", after_ms))
             return LegFacts()
         if await certainly_expired(self.conn, operation, leg, heads, after_ms):
-            return LegFacts(dead=True)
+            # coverage is committed with the events that it speaks for, but we read those before it: once more, after it
+            if not await store.evidence_beside(self.conn, leg, self.around.movements):
+                return LegFacts(dead=True)
+            self.changes.touched.add(operation.id)
+            return LegFacts()
         alarms.append(Alarm(0, "clock_ms", self.done.now_ms + RETRY_MS))
         return LegFacts()
 
@@ -210,7 +218,8 @@ class _Desk:
     ) -> None:
         identities = sorted(str(movement.id) for movement in evidence)
         standing = operation.detail.get("standing") or []
-        lost = operation.detail.get("lost") or []
+        # what a `reverted` lost, or would lose now: its blocks may be below finalized already
+        lost = operation.detail.get("lost" if operation.state is State.REVERTED else "blocks") or []
         gone = all(
             self.heads.get(int(block["chainId"]), Heads(0)).finalized_number >= int(block["blockNumber"])
             for block in lost

@@ -6,7 +6,7 @@ commit by themselves. Facts, and the cursor that speaks for them, are moved by `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -99,6 +99,16 @@ async def load_emitters(conn: asyncpg.Connection, chain_id: int) -> list[Emitter
     ]
 
 
+async def any_unfollowed(conn: asyncpg.Connection, chain_id: int) -> bool:
+    """Whether some active emitter is not yet said to be in the follower's filter: history found it."""
+    return bool(
+        await conn.fetchval(
+            "SELECT EXISTS (SELECT FROM indexer.emitter WHERE chain_id = $1 AND active AND followed_from IS NULL)",
+            chain_id,
+        )
+    )
+
+
 async def load_programmes(conn: asyncpg.Connection, chain_id: int, upto: int | None = None) -> list[Programme]:
     """Tokens announced in canonical blocks by factories that are still configured; of two announcements the first.
 
@@ -128,42 +138,29 @@ async def held(conn: asyncpg.Connection, chain_id: int, number: int) -> BlockRef
     return _ref(number, block_hash)
 
 
-async def lowest_held(conn: asyncpg.Connection, chain_id: int) -> BlockRef | None:
-    """Our lowest canonical header."""
-    # block_canonical_idx
-    row = await conn.fetchrow(
-        "SELECT number, hash FROM indexer.block WHERE chain_id = $1 AND canonical ORDER BY number LIMIT 1", chain_id
-    )
-    return None if row is None else BlockRef(row["number"], Hash32(row["hash"]))
-
-
 async def held_at_or_below(conn: asyncpg.Connection, chain_id: int, number: int) -> BlockRef | None:
-    """Our highest canonical header that is not above this height (when polling, not every height is held)."""
-    # block_canonical_idx, read backwards
+    """Our highest canonical block that is not above this height: of a header, or of an event (history stores no headers)."""
+    # block_canonical_idx and the primary keys of the event tables, each read backwards by one row
     row = await conn.fetchrow(
-        "SELECT number, hash FROM indexer.block WHERE chain_id = $1 AND number <= $2 AND canonical ORDER BY number DESC LIMIT 1",
+        """
+        SELECT number, hash FROM (
+            (SELECT number, hash FROM indexer.block
+             WHERE chain_id = $1 AND number <= $2 AND canonical ORDER BY number DESC LIMIT 1)
+            UNION ALL
+            (SELECT block_number, block_hash FROM indexer.movement
+             WHERE chain_id = $1 AND block_number <= $2 AND canonical ORDER BY block_number DESC LIMIT 1)
+            UNION ALL
+            (SELECT block_number, block_hash FROM indexer.transfer
+             WHERE chain_id = $1 AND block_number <= $2 AND canonical ORDER BY block_number DESC LIMIT 1)
+            UNION ALL
+            (SELECT block_number, block_hash FROM indexer.programme
+             WHERE chain_id = $1 AND block_number <= $2 AND canonical ORDER BY block_number DESC LIMIT 1)
+        ) AS ours ORDER BY number DESC LIMIT 1
+        """,
         chain_id,
         number,
     )
     return None if row is None else BlockRef(row["number"], Hash32(row["hash"]))
-
-
-async def store_headers(conn: asyncpg.Connection, chain_id: int, headers: Iterable[Header]) -> None:
-    """Inserts headers as canonical; one that an earlier reorganisation undid and that returns is canonical again."""
-    listed = list(headers)
-    if listed:
-        await conn.execute(
-            """
-            INSERT INTO indexer.block AS b (chain_id, number, hash, parent_hash, time_ms)
-            SELECT $1, * FROM unnest($2::bigint[], $3::bytea[], $4::bytea[], $5::bigint[])
-            ON CONFLICT (chain_id, number, hash) DO UPDATE SET canonical = true WHERE NOT b.canonical
-            """,
-            chain_id,
-            [h.number for h in listed],
-            [h.hash for h in listed],
-            [h.parent_hash for h in listed],
-            [h.time_ms for h in listed],
-        )
 
 
 # --------------------------------------------------------------------------- configuration → rows
@@ -318,6 +315,30 @@ async def set_latch(conn: asyncpg.Connection, chain_id: int, latch: Mapping[str,
         dict(latch),
     )
     await conn.execute("NOTIFY indexer_heads")
+
+
+async def resume(conn: asyncpg.Connection, chain_id: int, *, accept_chain: bool) -> bool:
+    """A person's decision on a finality violation; True if there was one.
+
+    Ours is kept: following tries again, and latches again while the node disagrees. The chain's is accepted: nothing counts
+    as finalized any more, so that the follower may walk back to the common ancestor as in any reorganisation.
+    """
+    if accept_chain:
+        resumed = await conn.fetchval(
+            """
+            UPDATE indexer.chain
+            SET latch = NULL, safe_number = NULL, safe_hash = NULL, safe_time_ms = NULL, safe_at = NULL,
+                finalized_number = NULL, finalized_hash = NULL, finalized_time_ms = NULL, finalized_at = NULL
+            WHERE chain_id = $1 AND latch IS NOT NULL RETURNING true
+            """,
+            chain_id,
+        )
+    else:
+        resumed = await conn.fetchval(
+            "UPDATE indexer.chain SET latch = NULL WHERE chain_id = $1 AND latch IS NOT NULL RETURNING true", chain_id
+        )
+    await conn.execute("NOTIFY indexer_heads")
+    return resumed is not None
 
 
 async def set_mode(conn: asyncpg.Connection, chain_id: int, mode: Literal["socket", "polling"]) -> None:

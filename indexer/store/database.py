@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import asyncpg
@@ -23,6 +23,8 @@ OLDEST_SERVER: Final = 15
 
 class DatabaseUnavailable(Exception):
     """PostgreSQL does not serve us. `lasting`: waiting will not help, a person must change something."""
+
+    explains_itself: ClassVar[bool] = True
 
     def __init__(self, message: str, *, lasting: bool) -> None:
         super().__init__(message)

@@ -12,6 +12,7 @@ import random
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import ClassVar
 
 import asyncpg
 
@@ -64,6 +65,8 @@ class LeaseLost(Exception):
 
 class SessionsWillNotEnd(Exception):
     """Sessions of the holder before are still there, or are not ours to see: `pids`."""
+
+    explains_itself: ClassVar[bool] = True
 
     def __init__(self, task: str, pids: list[int], why: str) -> None:
         super().__init__(f"cannot take over the lease of {task}: {why} (backends {', '.join(map(str, pids))})")

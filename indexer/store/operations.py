@@ -6,7 +6,7 @@ and states are the model's. Other writers reach operations only through schema `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -393,6 +393,13 @@ async def _movements_for(conn: Connection, legs: Sequence[Leg]) -> list[Movement
     return [movement_of(row) for row in rows]
 
 
+async def evidence_beside(conn: Connection, leg: Leg, known: Collection[Movement]) -> bool:
+    """Whether a canonical movement that can bear on the leg is there and not among the known: it came since they were read."""
+    places = {(m.chain_id, m.block_hash, m.log_index) for m in known}
+    found = await _movements_for(conn, [leg])
+    return any((m.chain_id, m.block_hash, m.log_index) not in places for m in found)
+
+
 async def _movements_under(conn: Connection, hashes: Sequence[bytes]) -> list[Movement]:
     rows = await conn.fetch(
         f"SELECT {_MOVEMENT} FROM indexer.movement m WHERE m.canonical AND m.operation_hash = ANY($1::bytea[])",  # noqa: S608
@@ -443,18 +450,21 @@ async def _claims_of(conn: Connection, operations: Sequence[UUID], evidence: Seq
 async def watched_since(
     conn: Connection, legs: Sequence[Leg]
 ) -> dict[tuple[UUID, int], tuple[list[bytes], int]]:
-    """For each leg, the emitters that could have spoken for it and the factory's start block (for expiry)."""
+    """For each leg, the emitters that could have spoken for it and the factory's start block (for expiry).
+
+    Every hub of the chain is one: its row names only the first of the factories that it serves.
+    """
     rows = await conn.fetch(
         """
         SELECT l.operation_id, l.leg, array_agg(DISTINCT e.address) AS emitters,
                min(e.start_block) FILTER (WHERE e.kind = 'factory') AS start_block
         FROM unnest($1::uuid[], $2::int[]) AS wanted (operation_id, leg)
         JOIN indexer.leg l ON l.operation_id = wanted.operation_id AND l.leg = wanted.leg
-        JOIN indexer.emitter e ON e.chain_id = l.chain_id AND e.active AND e.factory = l.factory
-            AND (e.kind IN ('factory', 'hub') OR EXISTS (
+        JOIN indexer.emitter e ON e.chain_id = l.chain_id AND e.active
+            AND (e.kind = 'hub' OR e.factory = l.factory AND (e.kind = 'factory' OR EXISTS (
                 SELECT 1 FROM indexer.programme p WHERE p.chain_id = l.chain_id AND p.issuer = l.issuer AND p.loyalty_id = l.loyalty_id
-                AND p.factory = l.factory AND p.loyalty = e.address AND p.canonical))
-        GROUP BY l.operation_id, l.leg
+                AND p.factory = l.factory AND p.loyalty = e.address AND p.canonical)))
+        GROUP BY l.operation_id, l.leg HAVING bool_or(e.kind = 'factory')
         """,
         [leg.operation_id for leg in legs],
         [leg.index for leg in legs],

@@ -9,14 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from indexer.model.types import Hash32
-from indexer.sandbox.loyfin import burst
 
 from tests.acceptance.world import LEASE_SECONDS, Daemon, World, until
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.xdist_group("acceptance"), pytest.mark.timeout(240)]
 
-BURST = 400  # events of one transaction: more than are stored one by one
+BURST = 400  # events of one block: more than are stored one by one
 # A lease lasts so long, is looked at by others every third of it (half as much again at the most), and then a daemon on a
 # busy machine must still do what there is to do.
 TAKEN_OVER = LEASE_SECONDS + LEASE_SECONDS / 2 + 5.0
@@ -34,20 +32,6 @@ async def leads(world: World, daemon: Daemon) -> str:
     return str(holder)
 
 
-async def many_events(world: World, first_nonce: int) -> Hash32:
-    """So many events of a programme in one block that they are stored with COPY."""
-    ledger = world.ledger
-    assert ledger.burst is not None
-    return await burst(
-        ledger.loyfin.submitter,
-        ledger.burst.factory,
-        ledger.brand,
-        loyalty_id=Hash32(b"\xb5" * 32),
-        count=BURST,
-        first_nonce=first_nonce,
-    )
-
-
 @pytest.mark.parametrize("where", ["idle", "open", "copy", "commit"])
 async def test_a_frozen_leader_is_replaced_and_steps_down(world: World, tmp_path: Path, where: str) -> None:
     trigger = tmp_path / "freeze"
@@ -57,12 +41,15 @@ async def test_a_frozen_leader_is_replaced_and_steps_down(world: World, tmp_path
     other = await world.start()
     await other.says("listening")
     await world.settles("before")
+    large = world.action(250)
+    await world.register("large", large.action)
+    await world.submit(large)
 
     # events are under way when it stops: whoever leads then must store them, once
     trigger.touch()
     signed = world.action(60)
     await world.register("meanwhile", signed.action)
-    await asyncio.gather(world.submit(signed), many_events(world, 1))
+    await asyncio.gather(world.submit(signed), world.ledger.burst(BURST))
     await frozen.stopped()
     at = time.monotonic()
 
@@ -78,7 +65,7 @@ async def test_a_frozen_leader_is_replaced_and_steps_down(world: World, tmp_path
     frozen.send(signal.SIGCONT)
     await frozen.says("stepped down", task="follow:84532")
     await world.settles("thawed")
-    await many_events(world, 10_000)
+    await world.ledger.burst(BURST)
 
     async def stepped_down() -> bool:
         tasks = (await world.status(frozen))["process"]["tasks"]
@@ -86,7 +73,6 @@ async def test_a_frozen_leader_is_replaced_and_steps_down(world: World, tmp_path
 
     await until(stepped_down, lambda: f"every task of the first waits; {frozen.last_words()}")
     assert {str(found) for found in (await world.holders()).values()} == {new}
-    await world.settles("large", 250)
 
     await world.judge({name: "ready" for name in ("before", "meanwhile", "after", "thawed", "large")})
     assert await frozen.stop() == 0

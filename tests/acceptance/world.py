@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -28,10 +28,10 @@ import aiohttp
 import asyncpg
 from aiohttp import web
 from indexer.model.types import Hash32, hex0x
-from indexer.sandbox.actions import Issuance, Redemption, Signed, sign
+from indexer.sandbox.actions import Issuance, Metadata, Redemption, Signed, sign
 from indexer.sandbox.anvil import Anvil
 from indexer.sandbox.contracts import decode_logs
-from indexer.sandbox.loyfin import WEALTH, Deployment, Loyfin, deploy_burst_factory
+from indexer.sandbox.loyfin import WEALTH, Deployment, Loyfin, burst, create_program, deploy_burst_factory
 from indexer.sandbox.transactions import Party
 from indexer.store import tokens
 from indexer.store.database import Database
@@ -85,8 +85,9 @@ class Ledger:
     loyfin: Loyfin
     brand: Party
     customers: Sequence[Party]
-    relayers: Iterable[Party]  # each serves one transaction: nobody's waits for a nonce that a reorganisation took back
-    burst: Deployment | None = None
+    relayers: Iterator[Party]  # each serves one transaction: nobody's waits for a nonce that a reorganisation took back
+    bursting: Deployment | None = None
+    nonces: Iterator[int] = field(default_factory=lambda: itertools.count(1, 100_000))
 
     @classmethod
     @asynccontextmanager
@@ -102,13 +103,16 @@ class Ledger:
             funding = [await loyfin.issue(brand, one.address, 10**6, loyalty_id=LOYALTY_ID) for one in customers]
             for submitted in funding:
                 assert (await loyfin.wait(submitted.tx_hash)).succeeded
-            burst = await deploy_burst_factory(loyfin.submitter) if with_burst else None
-            yield cls(anvil, loyfin, brand, customers, iter(couriers), burst)
+            bursting = None
+            if with_burst:
+                bursting = await deploy_burst_factory(loyfin.submitter)
+                await create_program(loyfin.submitter, bursting.factory, brand, Metadata(loyalty_id=LOYALTY_ID))
+            yield cls(anvil, loyfin, brand, customers, iter(couriers), bursting)
 
     @property
     def factories(self) -> list[tuple[bytes, int]]:
         """Address and first block of each, as the configuration wants them."""
-        return [(d.factory, d.block_number) for d in (self.loyfin.deployment, self.burst) if d is not None]
+        return [(d.factory, d.block_number) for d in (self.loyfin.deployment, self.bursting) if d is not None]
 
     async def time(self) -> int:
         """The head's, in Unix seconds."""
@@ -118,6 +122,19 @@ class Ledger:
         """How many blocks a reorganisation would have to replace now to undo it; None where it is not mined."""
         receipt = await self.loyfin.submitter.receipt(tx_hash)
         return None if receipt is None else await self.anvil.block_number() - receipt.block_number + 1
+
+    async def burst(self, count: int) -> None:
+        """So many events at once, in one block, of no operation."""
+        assert self.bursting is not None
+        said = await burst(
+            self.loyfin.submitter,
+            self.bursting.factory,
+            self.brand,
+            loyalty_id=LOYALTY_ID,
+            count=count,
+            first_nonce=next(self.nonces),
+        )
+        assert (await self.loyfin.wait(said)).succeeded
 
     async def mine_on(self, blocks: int) -> None:
         """Waits for so many blocks more."""
@@ -129,7 +146,7 @@ class Ledger:
         await until(reached, f"block {target}")
 
 
-class Witness:
+class Observer:
     """Writes down the truth while it happens: the node's heads and the factory's events, about ten times a second."""
 
     def __init__(self, ledger: Ledger) -> None:
@@ -140,7 +157,7 @@ class Witness:
         self._looking = asyncio.Lock()
 
     @asynccontextmanager
-    async def watching(self) -> AsyncIterator[Witness]:
+    async def watching(self) -> AsyncIterator[Observer]:
         await self.look()
         task = asyncio.create_task(self._watch())
         try:
@@ -415,8 +432,11 @@ class Daemon:
 
 
 def state_of(pid: int) -> str:
-    """One letter of proc(5): T stands still."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    """One letter of proc(5): T stands still, X is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "X"
 
 
 # --------------------------------------------------------------------------- all of it
@@ -472,7 +492,7 @@ class World:
         self.daemons: list[Daemon] = []
         self.operations: dict[str, UUID] = {}
         self.legs: dict[str, dict[str, str]] = {}  # as registered, by reference
-        self.witness = Witness(ledger)
+        self.observer = Observer(ledger)
         self._headers = {"Authorization": f"Bearer {token}"}
 
     @classmethod
@@ -486,7 +506,7 @@ class World:
                 token, _ = await tokens.add(conn, "acceptance", None, tokens.SCOPES)
             world = cls(ledger, shop, database, config, token)
             try:
-                async with world.witness.watching():
+                async with world.observer.watching():
                     yield world
             finally:
                 for daemon in world.daemons:
@@ -565,7 +585,7 @@ class World:
 
     async def submit(self, signed: Signed[Any]) -> Hash32:
         """By a courier of its own."""
-        return await self.ledger.loyfin.submit(signed, relayer=next(iter(self.ledger.relayers)))
+        return await self.ledger.loyfin.submit(signed, relayer=next(self.ledger.relayers))
 
     async def settles(self, reference: str, amount: int = 50, *, seconds: float = 30.0, **terms: Any) -> Received:
         """Registers, submits, and waits until the shop is told that it is ready."""
@@ -595,8 +615,10 @@ class World:
         )
         return rows
 
-    async def comes_to_rest(self, expected: Callable[[], Awaitable[Mapping[str, str]]], *, seconds: float = 60.0) -> None:
-        """Waits until each operation is in the state expected, its evidence finalized, and everything sent."""
+    async def comes_to_rest(
+        self, expected: Callable[[], Awaitable[Mapping[str, str]]], *, finalized: bool, seconds: float = 60.0
+    ) -> None:
+        """Waits until each operation is in the state expected, its evidence finalized if so asked, and everything sent."""
         seen: dict[str, Any] = {}
 
         async def resting() -> bool:
@@ -608,7 +630,7 @@ class World:
             seen["wrong"] = {
                 name: (states.get(name), state) for name, state in wanted.items() if states.get(name) != state
             }
-            seen["not finalized"] = [row["reference"] for row in open_books]
+            seen["not finalized"] = [row["reference"] for row in open_books if finalized]
             seen["unsent"] = [tuple(row) for row in await self.unsent()]
             return not any(seen.values())
 
@@ -621,18 +643,24 @@ class World:
 
     # ---- the judgement
 
-    async def judge(self, expected: Mapping[str, str] | Callable[[], Awaitable[Mapping[str, str]]], *, grace: float = 5.0) -> None:
+    async def judge(
+        self,
+        expected: Mapping[str, str] | Callable[[], Awaitable[Mapping[str, str]]],
+        *,
+        finalized: bool = False,
+        grace: float = 5.0,
+    ) -> None:
         """Once everything is at rest, the oracle: facts, states, traces, ready, and what the shop received."""
 
         async def given() -> Mapping[str, str]:
             return expected if isinstance(expected, Mapping) else await expected()
 
-        await self.comes_to_rest(given)
+        await self.comes_to_rest(given, finalized=finalized)
         wrong = await self._misplaced()
         async with self.database.pool.acquire() as conn:
             wrong += await oracle.judge_database(conn)
             wrong += oracle.judge_states(await given(), await oracle.read_states(conn, BRAND))
-        wrong += oracle.judge_ready(await self._told_ready(), self.witness.moments, grace=grace)
+        wrong += oracle.judge_ready(await self._told_ready(), self.observer.moments, grace=grace)
         wrong += await self._misdelivered()
         assert not wrong, "\n".join(wrong)
 

@@ -76,8 +76,8 @@ class NodeProcess:
     def calls(self) -> dict[str, int]:
         """What was asked since the last look, by method."""
         body = b'{"jsonrpc":"2.0","id":1,"method":"bench_calls","params":[]}'
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})  # noqa: S310
-        with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
             found: dict[str, int] = msgspec.json.decode(response.read())["result"]
         return found
 

@@ -11,7 +11,7 @@ import json
 import sys
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -79,7 +79,7 @@ class Node(asyncio.Protocol):
     """One connection: HTTP/1.1 with Content-Length, kept alive."""
 
     history: History
-    calls: Counter[str] = Counter()
+    calls: ClassVar[Counter[str]] = Counter()
 
     def __init__(self) -> None:
         self._got = b""

@@ -93,9 +93,7 @@ async def run(task: Task) -> dict[str, float]:
             profiler.enable()
         began, cpu = time.perf_counter(), own_cpu()
         filling = asyncio.create_task(
-            fill_history(
-                chain, rpc, lease, Wakeups(), decoder, metrics=metrics, count=count, progress=progress
-            )
+            fill_history(chain, rpc, lease, Wakeups(), decoder, metrics=metrics, count=count, progress=progress)
         )
         waiting = asyncio.create_task(finished.wait())
         await asyncio.wait([filling, waiting], return_when=asyncio.FIRST_COMPLETED)

@@ -1,6 +1,7 @@
 """A database that has been in use for a while, written set-based: what the cost of a pass and the plans of queries are seen on.
 
-Movement `i` lies in block `1 + i // 2` and carries nonce `i`. Of the operations, `idle` wait for evidence that has not come
+Movement `i` lies in block `1 + i // 2` and carries nonce `i`. One leg in ten is matched by wallet and amount, one by its
+operation hash, the others by nonce. Of the operations, `idle` wait for evidence that has not come
 (with the alarms that the reconciler gives them); the rest were settled by the movement of their number, fulfilled,
 signalled and delivered long ago.
 """
@@ -36,11 +37,17 @@ GROWING = (
 _NONCE = "sha256(convert_to('nonce ' || i, 'UTF8'))"
 _HASH = "sha256(convert_to('block ' || n, 'UTF8'))"
 _HOLDER = "substr(sha256(convert_to('wallet ' || i % 5000, 'UTF8')), 1, 20)"
+_OPERATION_HASH = "sha256(convert_to('correlation ' || i, 'UTF8'))"
+_MATCH = "CASE i % 10 WHEN 0 THEN 'wallet_amount' WHEN 1 THEN 'operation_hash' ELSE 'nonce' END"
 _OPERATION = "md5('operation ' || i)::uuid"
 
 
 def nonce(i: int) -> bytes:
     return hashlib.sha256(b"nonce %d" % i).digest()
+
+
+def basis(i: int) -> str:
+    return {0: "wallet_amount", 1: "operation_hash"}.get(i % 10, "nonce")
 
 
 def operation_id(i: int) -> UUID:
@@ -56,7 +63,7 @@ class Population:
     """How many of each; the last `idle` operations wait."""
 
     operations: int = 100_000
-    idle: int = 10_000
+    idle: int = 50_000
     movements: int = 100_000
     transfers: int = 100_000
 
@@ -82,10 +89,11 @@ class Population:
         head_ms, finalized_ms = BASE_MS + BLOCK_MS * self.head, BASE_MS + BLOCK_MS * finalized
         since = f"to_timestamp({BASE_MS / 1000})"
         settled, operations = self.settled, self.operations
+        waits = f"(i >= {settled})::int * 1000000000"
         where = f"{CHAIN}, n, i % 2, {_HASH}, {time_ms}, {_NONCE}, 0, {factory}, true"
-        legs = f"""jsonb_build_array(jsonb_build_object('kind', '{KIND}', 'match', 'nonce', 'chainId', '{CHAIN}',
+        legs = f"""jsonb_build_array(jsonb_build_object('kind', '{KIND}', 'match', {_MATCH}, 'chainId', '{CHAIN}',
             'factory', '0x{FACTORY.hex()}', 'issuer', '0x{ISSUER.hex()}', 'holder', '0x' || encode({_HOLDER}, 'hex'),
-            'loyaltyId', '0x{LOYALTY_ID.hex()}', 'amount', '250', 'expiresAt', '0', 'deadline', '{2**33}',
+            'loyaltyId', '0x{LOYALTY_ID.hex()}', 'amount', (1 + i)::text, 'expiresAt', '0', 'deadline', '{2**33}',
             'nonce', '0x' || encode({_NONCE}, 'hex')))"""
         payload = "jsonb_build_object('type', kind, 'data', jsonb_build_object('sequence', sequence, 'reference', 'op-' || i))"
         return (
@@ -110,8 +118,8 @@ class Population:
                 FROM generate_series(0, 99) AS i, LATERAL (SELECT 1 + i / 2) AS b (n)""",
             f"""INSERT INTO indexer.movement (chain_id, block_number, log_index, block_hash, block_time_ms, tx_hash, tx_index, emitter,
                     canonical, kind, factory, issuer, loyalty_id, loyalty, holder, bucket, amount, nonce, operation_hash, data)
-                SELECT {where}, '{KIND}', {factory}, {issuer}, {loyalty_id}, {token}, {_HOLDER}, 0, 250, {_NONCE},
-                    CASE WHEN i % 2 = 0 THEN sha256(convert_to('operation ' || i, 'UTF8')) END, ''
+                SELECT {where}, '{KIND}', {factory}, {issuer}, {loyalty_id}, {token}, {_HOLDER}, 0, 1 + i, {_NONCE},
+                    CASE WHEN i % 2 = 1 THEN {_OPERATION_HASH} END, ''
                 FROM generate_series(0, {self.movements - 1}) AS i, LATERAL (SELECT 1 + i / 2) AS b (n)""",
             f"""INSERT INTO indexer.transfer (chain_id, block_number, log_index, block_hash, block_time_ms, tx_hash, tx_index, emitter,
                     canonical, item, source, loyalty, operator, sender, recipient, bucket, amount)
@@ -133,22 +141,26 @@ class Population:
                     (i < {settled})::int, (i < {settled})::int
                 FROM generate_series(0, {operations - 1}) AS i""",
             f"""INSERT INTO indexer.leg (operation_id, leg, kind, match, chain_id, factory, issuer, holder, loyalty_id, bucket, amount, deadline,
-                    nonce, requested_at)
-                SELECT {_OPERATION}, 0, '{KIND}', 'nonce', {CHAIN}, {factory}, {issuer}, {_HOLDER}, {loyalty_id}, 0, 250, {2**33},
-                    CASE WHEN i < {settled} THEN {_NONCE} ELSE sha256(convert_to('waits ' || i, 'UTF8')) END, {since}
+                    nonce, operation_hash, requested_at)
+                SELECT {_OPERATION}, 0, '{KIND}', {_MATCH}, {CHAIN}, {factory}, {issuer}, {_HOLDER}, {loyalty_id}, 0, 1 + i + {waits}, {2**33},
+                    CASE {_MATCH} WHEN 'nonce' THEN CASE WHEN {waits} = 0 THEN {_NONCE} ELSE sha256(convert_to('waits ' || i, 'UTF8')) END END,
+                    CASE {_MATCH} WHEN 'operation_hash' THEN
+                        CASE WHEN {waits} = 0 THEN {_OPERATION_HASH} ELSE sha256(convert_to('waits ' || i, 'UTF8')) END END, {since}
                 FROM generate_series(0, {operations - 1}) AS i""",
             f"""INSERT INTO indexer.receipt (operation_id, generation, outcome, actor)
                 SELECT {_OPERATION}, 1, 'fulfilled', '{BRAND}' FROM generate_series(0, {settled - 1}) AS i""",
             f"""INSERT INTO indexer.history (operation_id, to_state, generation, cause)
-                SELECT {_OPERATION}, 'pending', 0, 'registered' FROM generate_series(0, {operations - 1}) AS i""",
+                SELECT {_OPERATION}, state, 0, 'evidence'
+                FROM generate_series(0, {operations - 1}) AS i, unnest(ARRAY['pending', 'ready']) AS state""",
             f"""INSERT INTO indexer.alarm (operation_id, chain_id, axis, threshold)
-                SELECT {_OPERATION}, {CHAIN}, 'finalized_time_ms', {2**33 + 1}000 FROM generate_series({settled}, {operations - 1}) AS i""",
+                SELECT {_OPERATION}, {CHAIN}, axis, {2**33 + 1}000
+                FROM generate_series({settled}, {operations - 1}) AS i, unnest(ARRAY['finalized_time_ms', 'safe_number']) AS axis""",
             f"""INSERT INTO indexer.outbox (id, brand, aggregatetype, aggregateid, type, payload, generation, sequence)
                 SELECT md5(kind || i)::uuid, '{BRAND}', 'operation', {_OPERATION}, kind, {payload}, 1, sequence
                 FROM generate_series(0, {settled - 1}) AS i,
                      LATERAL (VALUES ('operation.ready', 2 * i + 1), ('operation.fulfilled', 2 * i + 2)) AS s (kind, sequence)""",
             f"UPDATE indexer.brand SET last_sequence = {2 * settled} WHERE name = '{BRAND}'",
-            f"""INSERT INTO indexer.delivery (brand, webhook, signal_id, aggregateid, sequence, type, state, attempts, begun_at, ended_at, status)
+            """INSERT INTO indexer.delivery (brand, webhook, signal_id, aggregateid, sequence, type, state, attempts, begun_at, ended_at, status)
                 SELECT brand, 'shop', id, aggregateid, sequence, type, 'delivered', 1, created_at, created_at, 200 FROM indexer.outbox""",
         )
 
@@ -163,7 +175,7 @@ class Population:
             records=[
                 (
                     *(operation_id(i), 0, evidence_id(CHAIN, FACTORY, KIND, ISSUER, nonce(i))),
-                    *(CHAIN, 1 + i // 2, i % 2, block_hash(1 + i // 2), "nonce", False, True),
+                    *(CHAIN, 1 + i // 2, i % 2, block_hash(1 + i // 2), basis(i), False, True),
                 )
                 for i in range(min(self.settled, self.movements))
             ],

@@ -9,7 +9,7 @@ import pytest
 from indexer.chain.linkage import FinalityViolation
 from indexer.chain.schedule import ScheduleMismatch, WrongChain
 from indexer.model.types import Hash32, Schedule
-from indexer.store import coverage
+from indexer.store import chains, coverage
 from indexer.store.database import Database
 from tests.fake_node import FakeNode
 from tests.following import (
@@ -197,6 +197,11 @@ async def test_a_break_below_finalized_is_latched(database: Database, socket: bo
         async with following(database, node, chain_config(node, socket=socket), fails=FinalityViolation) as task:
             with pytest.raises(FinalityViolation):  # it stays latched
                 await asyncio.wait_for(asyncio.shield(task), 10)
+        assert await chains.resume(database.pool, node.chain_id, accept_chain=True)  # type: ignore[arg-type]
+        async with following(database, node, chain_config(node, socket=socket)):
+            node.mine([issued(500)])
+            await caught_up(database, node)
+            assert await stored(database) == truth(node.chain)
 
 
 async def test_withheld_logs_are_settled_by_receipts(database: Database) -> None:
@@ -493,7 +498,7 @@ async def test_heads_are_committed_within_milliseconds(database: Database) -> No
                     await heard.get()
                 took.append(loop.time() - begun)
             await listener.close()
-            assert sorted(took)[len(took) // 2] < 0.1  # 30 ms where nothing else uses the machine
+            assert sorted(took)[len(took) // 2] < 0.3  # 30 ms where nothing else uses the machine
 
 
 async def test_a_socket_of_another_chain_stops_nothing(database: Database) -> None:

@@ -298,3 +298,69 @@ async def test_a_brands_life_on_a_restless_chain(owner_dsn: str, seed: int, dema
             await story.judge()
         told = {signal.type for signal in await read_signals(world.conn)}
         assert "operation.ready" in told
+
+
+async def test_evidence_lost_below_finalized_does_not_leave_the_operation_reverted(owner_dsn: str) -> None:
+    """The orphan and a finalized block beyond it are seen in one look: nothing is left to wait for."""
+    async with World.at(owner_dsn, {BRAND: BrandRules((DEMANDS["included"][0],))}) as world:
+        leg = world.leg(nonce=hexa(world.nonce()))
+        operation = await world.register(leg)
+        await world.event(100, leg)
+        await world.settle()
+        await world.orphan(99)
+        await world.heads(head=200, safe=150, finalized=140)
+        assert await world.settle() == ["operation.reverted"]
+        assert await world.walked(operation) == ["pending", "ready", "reverted", "pending"]
+
+
+async def test_a_confirmed_demand_is_met_by_safe_without_waiting_for_its_seconds(owner_dsn: str) -> None:
+    async with World.at(owner_dsn, {BRAND: BrandRules((Policy(Level.CONFIRMED, seconds=3600),))}) as world:
+        leg = world.leg(nonce=hexa(world.nonce()))
+        await world.register(leg)
+        await world.event(100, leg)
+        assert await world.settle() == ["operation.confirming"]
+        await world.heads(head=101, safe=100)
+        assert await world.settle() == ["operation.ready"]
+
+
+async def test_evidence_accepted_before_it_is_deep_enough_reopens_a_cancelled_operation(owner_dsn: str) -> None:
+    async with World.at(owner_dsn) as world:
+        leg = world.leg(nonce=hexa(world.nonce()))
+        operation = await world.register(leg)
+        await world.event(100, leg)
+        await world.settle()
+        await world.cancel(operation)
+        await world.settle()
+        evidence = (await world.operation(operation))["detail"]["evidence"][0]["evidenceId"]
+        await world.decide(operation, evidence, True)
+        await world.heads(head=200, safe=150)
+        await world.settle()
+        assert await world.trace(operation) == ["confirming", "cancelled", "conflict", "ready"]
+
+
+async def test_one_leg_accepted_after_expiry_leaves_the_operation_incomplete_and_says_so(owner_dsn: str) -> None:
+    async with World.at(owner_dsn, {BRAND: BrandRules((DEMANDS["included"][0],))}) as world:
+        deadline = str((BASE_MS + 200 * 100) // 1000)
+        legs = [world.leg(nonce=hexa(world.nonce()), deadline=deadline) for _ in range(2)]
+        operation = await world.register(*legs)
+        await world.cover(0, 1000)
+        await world.heads(head=1000, safe=900, finalized=200)
+        await world.settle()
+        await world.event(99, legs[0])  # a second look found it after all
+        await world.settle()
+        await world.decide(operation, await world.conflicting(operation), True)
+        await world.settle()
+        assert await world.trace(operation) == ["expired", "conflict", "incomplete"]
+
+
+async def test_a_closed_operation_says_again_that_it_is_closed_once_its_conflict_is_dismissed(owner_dsn: str) -> None:
+    async with World.at(owner_dsn, {BRAND: BrandRules((DEMANDS["included"][0],))}) as world:
+        leg = world.leg(nonce=hexa(world.nonce()))
+        operation = await world.register(leg)
+        await world.cancel(operation)
+        await world.settle()
+        await world.event(100, leg)
+        await world.settle()
+        await world.decide(operation, await world.conflicting(operation), False)
+        await world.settle()
+        assert await world.trace(operation) == ["cancelled", "conflict", "cancelled"]

@@ -1,5 +1,5 @@
-"""The daemon's loops in one process: following, history, second looks, settling and numbering, over a fake node and a real
-PostgreSQL.
+"""The daemon's loops in one process: following, history, second looks, settling, numbering and
+delivering, over a fake node and a real PostgreSQL.
 
 They are started as the daemon starts them (its configuration, supervisor and leases), less HTTP and signals of the operating
 system: so a test can stop everything anywhere, begin again on the same database, and see what a brand would see.
@@ -8,9 +8,10 @@ system: so a test can stop everything anywhere, begin again on the same database
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import random
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID
@@ -21,6 +22,7 @@ from indexer.config import Chain, Config
 from indexer.observation import SettlementObserver
 from indexer.settlement import loop as settlement
 from indexer.signals import sequencer
+from indexer.signals.webhooks import Dispatcher, endpoints_of
 from indexer.store.database import Database
 from indexer.store.leases import Leases
 from indexer.store.wakeups import Wakeups
@@ -31,6 +33,8 @@ from tests.following import FACTORY, ISSUER, caught_up, chain_config, eventually
 
 BRAND = "bloom"
 HOLDER = b"\x40" * 20  # of `issued`
+SECRET = "whsec_" + base64.b64encode(b"a secret of the simulation's").decode()
+SOON = (0.1,) * 12  # the schedule of three days of attempts, compressed
 
 
 def word(number: int) -> str:
@@ -72,10 +76,18 @@ class World:
         self._chain = chain
 
     @asynccontextmanager
-    async def running(self, *, unmatched_quiet_ms: int = 600_000, **settings: Any) -> AsyncIterator[None]:
+    async def running(
+        self,
+        *,
+        unmatched_quiet_ms: int = 600_000,
+        lease_seconds: float = 15.0,
+        webhooks: Sequence[Mapping[str, Any]] = (),
+        **settings: Any,
+    ) -> AsyncIterator[None]:
         """All loops, for the body; then every one is stopped where it stands, as at the end of a process."""
         chain = self._chain(self.node, **{**self.settings, **settings})
-        brand = {"name": BRAND, "issuers": ["0x" + ISSUER.hex()], "policies": [{"confidence": self.confidence}]}
+        brand: dict[str, Any] = {"name": BRAND, "issuers": ["0x" + ISSUER.hex()], "policies": [{"confidence": self.confidence}]}
+        brand["webhooks"] = [{"secrets": [SECRET], "allow": ["127.0.0.0/8"]} | dict(webhook) for webhook in webhooks]
         config = Config.model_validate({"state_dir": "/nonexistent", "chains": [chain], "brands": [brand]})
         rng = random.Random(1)
         wakeups = self.wakeups = Wakeups()
@@ -83,12 +95,14 @@ class World:
         async with ChainRuntime.open(chain, self.metrics, wakeups, rng) as runtime:
             observer = SettlementObserver(self.metrics, {chain.chain_id: chain.name})
             rules = daemon.rules_of(config.brands)
-            supervisor = self.supervisor = Supervisor(Leases(self.database, ttl=15, rng=rng), self.metrics, rng)
+            dispatcher = Dispatcher(endpoints_of(config.brands), metrics=self.metrics, schedule=SOON, rng=rng, sweep=0.1)
+            supervisor = self.supervisor = Supervisor(Leases(self.database, ttl=lease_seconds, rng=rng), self.metrics, rng)
             bodies: dict[str, Body] = {
                 "settle": lambda lease: settlement.settle(
                     lease, wakeups, rules, {}, observer, unmatched_quiet_ms=unmatched_quiet_ms
                 ),
                 "number": lambda lease: sequencer.number(lease, wakeups, self.metrics, sweep=0.1),
+                "deliver": lambda lease: dispatcher.run(lease, wakeups),
                 "follow": runtime.follow,
                 "history": runtime.fill_history,
             }
@@ -99,6 +113,7 @@ class World:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+                await dispatcher.close()
 
     # ------------------------------------------------------------------ the brand's side
 

@@ -1,0 +1,115 @@
+"""`indexer demo` as a newcomer meets it: it ends by itself with a verdict, and leaves nothing behind, interrupted or not."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.xdist_group("demo"), pytest.mark.timeout(400)]
+
+MARK = "DEMO_TEST_MARK"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder for temporary files, and a mark that every process started here inherits."""
+
+    folder: Path
+    mark: str
+
+    async def start(self, *arguments: str) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-c", "from indexer.cli import main; main()", "demo", *arguments),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={**os.environ, "TMPDIR": str(self.folder), MARK: self.mark},
+        )
+
+    def processes(self) -> list[str]:
+        """Command lines of what still runs of it."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                line = (process / "cmdline").read_bytes()
+                if self.mark.encode() in (process / "environ").read_bytes() or str(self.folder).encode() in line:
+                    found.append(line.replace(b"\0", b" ").decode(errors="replace"))
+            except OSError:  # gone meanwhile, or somebody else's
+                continue
+        return [line for line in found if line]
+
+    def left(self) -> list[str]:
+        return sorted(path.name for path in self.folder.iterdir() if path.name.startswith("indexer-demo-"))
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    folder = Path(tempfile.mkdtemp(prefix="demo-"))  # short, and open to the account that runs PostgreSQL
+    folder.chmod(0o711)
+    try:
+        yield Place(folder, secrets.token_hex(16))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def test_the_demo_tells_every_story_to_its_expected_end(place: Place) -> None:
+    process = await place.start("--json")
+    out, progress = await process.communicate()
+
+    assert process.returncode == 0, progress.decode()[-6000:]
+    assert out.count(b"\n") == 1
+    said = json.loads(out)
+    assert said.keys() == {"operations", "signals", "webhooks", "reorganisations", "latency_ms", "ok"}
+    assert said["ok"] is True
+
+    operations = said["operations"]
+    assert sum(operations.values()) >= 30
+    assert operations.keys() == {"fulfilled", "expired", "cancelled", "conflict", "incomplete", "pending"}
+
+    signals = said["signals"]
+    assert signals["operation.finalized"] == operations["fulfilled"]
+    assert signals["operation.expired"] == operations["expired"]
+    assert signals["operation.reverted"] >= 4
+    assert signals["operation.restored"] >= 1
+    assert signals["operation.conflict"] >= 3
+    assert "settlement.unmatched" not in signals
+
+    webhooks = said["webhooks"]
+    assert webhooks["received"] == webhooks["verified"] == sum(signals.values()) + webhooks["duplicates"]
+    assert webhooks["duplicates"] >= 1
+    assert said["reorganisations"] >= 3
+    latency = said["latency_ms"]["included_to_received"]
+    assert 0 <= latency["p50"] <= latency["p99"]
+
+    assert place.left() == []
+    assert place.processes() == []
+
+
+async def test_an_interrupted_demo_leaves_nothing_behind(place: Place) -> None:
+    process = await place.start("--json")
+    assert process.stderr is not None
+    async with asyncio.timeout(180):
+        async for line in process.stderr:
+            if b"the shop is open" in line:
+                break
+        assert len(place.processes()) > 3  # the demo, Anvil, the daemon, PostgreSQL
+
+        process.send_signal(signal.SIGTERM)
+        out, _ = await process.communicate()
+
+    assert process.returncode == 128 + signal.SIGTERM
+    assert out == b""
+    assert place.left() == []
+    assert place.processes() == []

@@ -1,0 +1,3 @@
+NOTE=""
+async def run(scale): return {}
+def table(r): return [("a",)]
