@@ -19,7 +19,7 @@ import msgspec
 import typer
 
 from indexer import terminal
-from indexer.config import Config, ConfigProblems, json_schema, load
+from indexer.config import Config, ConfigProblems, json_schema, load, unused
 from indexer.store import embedded, functions, overview, queries, schema, tokens
 from indexer.store.brands import IssuerMoved
 from indexer.store.connection import Connection
@@ -62,7 +62,7 @@ class Failure(Exception):
 
 def _load(path: Path | None, embedded_database: bool) -> Config:
     config = load(path, os.environ, embedded=embedded_database)
-    for warning in config.warnings:
+    for warning in (*config.warnings, *unused(config)):
         terminal.warn(str(warning))
     return config
 
@@ -321,7 +321,7 @@ def check_config(config: ConfigOption = None, is_embedded: EmbeddedOption = Fals
             raise
         terminal.answer({"ok": False, "problems": [vars_of(problem) for problem in error.problems]}, True, str)
         raise typer.Exit(USAGE) from None
-    found = [str(warning) for warning in tree.warnings]
+    found = [str(warning) for warning in (*tree.warnings, *unused(tree))]
     terminal.answer({"ok": True, "problems": [], "warnings": found}, as_json, lambda d: "\n".join([*(f"warning: {w}" for w in found), "ok"]))
 
 

@@ -37,10 +37,16 @@ class TaskState:
     state: str = "waiting"  # waiting (for the lease) | running | failed
     since: datetime = field(default_factory=lambda: datetime.now(UTC))
     restarts: int = 0
-    problem: str | None = None
+    failure: str | None = None  # the last one
 
     def become(self, state: str) -> None:
         self.state, self.since = state, datetime.now(UTC)
+
+    @property
+    def problem(self) -> str | None:
+        """The last failure, until the loop has gone on well for a while: one that fails again and again looks fine between."""
+        recovered = self.state != "failed" and (datetime.now(UTC) - self.since).total_seconds() > GOOD_RUN
+        return None if recovered else self.failure
 
 
 class Supervisor:
@@ -65,20 +71,22 @@ class Supervisor:
                     self._metrics.leases.labels(task).set(1)
                     log.info("task begins", task=task, epoch=lease.epoch)
                     await body(lease)
-                state.problem = None
+                state.failure = None
             except LeaseLost as error:
                 state.become("waiting")
                 self._metrics.leases_lost.labels(task).inc()
                 log.warning("stepped down", task=task, reason=error.why)
             except Exception as error:
                 state.become("failed")
-                state.problem = f"{type(error).__name__}: {error}"
+                state.failure = f"{type(error).__name__}: {error}"
                 self._metrics.loop_restarts.labels(task, type(error).__name__).inc()
                 # a full disk, too many connections: the server's own words say it, and no line of ours is to blame
                 known = getattr(error, "explains_itself", False) or isinstance(
                     error, (OSError, TimeoutError, asyncpg.InsufficientResourcesError)
                 )
-                log.error("task failed", task=task, error=state.problem, retry_seconds=round(pause, 2), exc_info=not known)
+                log.error(
+                    "task failed", task=task, error=state.failure, retry_seconds=round(pause, 2), exc_info=not known
+                )
             finally:
                 self._metrics.leases.labels(task).set(0)
             state.restarts += 1

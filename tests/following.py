@@ -105,7 +105,7 @@ def truth(chain: FakeChain, factories: tuple[bytes, ...] = (FACTORY,)) -> set[Pl
     tokens: dict[bytes, int] = {}
     for number in chain.loud:
         for address, topics, encoded in chain.canonical[number].entries:
-            if address in factories and topics[0] == _CREATED and topics[1][12:] == address:
+            if address in factories and topics and topics[0] == _CREATED and topics[1][12:] == address:
                 token = bytes.fromhex(msgspec.json.decode(encoded)["data"][2:])[12:32]
                 tokens.setdefault(token, number)
     places = set()

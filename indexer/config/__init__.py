@@ -6,7 +6,7 @@ reads it.
 
 from __future__ import annotations
 
-from indexer.config.checks import followed_chain
+from indexer.config.checks import followed_chain, unused
 from indexer.config.load import load
 from indexer.config.schema import json_schema
 from indexer.config.tree import (
@@ -46,4 +46,5 @@ __all__ = [
     "followed_chain",
     "json_schema",
     "load",
+    "unused",
 ]

@@ -90,14 +90,25 @@ def warnings(config: Config) -> list[Problem]:
     return found
 
 
+def unused(config: Config) -> list[Problem]:
+    """What the configuration may say and this version does not act on: nobody shall rely on it."""
+    found: list[Problem] = []
+    for c, chain in enumerate(config.chains):
+        if len(chain.rpc) > 1 or chain.witnesses is not None:
+            found.append(Problem(f"chains[{c}].rpc", "this version asks the first endpoint alone: none other witnesses yet"))
+    for b, brand in enumerate(config.brands):
+        for name in ("loyfin", "keyban", "qiibee"):
+            if getattr(brand, name) is not None:
+                found.append(Problem(f"brands[{b}].{name}", "not used by this version: partners are not polled yet"))
+    return found
+
+
 def _of_chain(at: str, chain: Chain) -> Iterator[Problem]:
     hosts = [endpoint.name for endpoint in chain.rpc]
     if len(set(hosts)) < len(hosts):
         yield Problem(
             f"{at}.rpc", "two endpoints on one host are one witness in truth", "take the second from another provider"
         )
-    if len(chain.rpc) > 1:
-        yield Problem(f"{at}.rpc", "this version asks the first endpoint alone: no second one witnesses yet")
     if chain.quorum == 1:
         yield Problem(
             f"{at}.rpc", "one witness: nothing contradicts that endpoint when it errs", "add a second provider"
@@ -110,8 +121,6 @@ def _of_chain(at: str, chain: Chain) -> Iterator[Problem]:
 def _of_brand(at: str, brand: Brand, config: Config) -> Iterator[Problem]:
     for name in ("loyfin", "keyban", "qiibee"):
         section = getattr(brand, name)
-        if section is not None:
-            yield Problem(f"{at}.{name}", "read, and not used by this version: partners are not polled yet", "leave it out")
         if section is not None and urlsplit(section.url).scheme == "http" and not _is_local(section.url):
             yield Problem(
                 f"{at}.{name}.url", "plain http to another machine shows the key and can be altered", "use https"

@@ -170,11 +170,14 @@ class Stories(Author):
         ]
 
     async def issuances(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            for number, customer in enumerate((ANA, BEN), 1):
-                reference = f"issue-{number}"
-                draft = self.draft(reference, "issuance", customer, self.amount(reference))
-                group.create_task(self.settle(self.order(reference, "issuance", [draft]), draft))
+        orders = []
+        for number, customer in enumerate((ANA, BEN), 1):
+            reference = f"issue-{number}"
+            draft = self.draft(reference, "issuance", customer, self.amount(reference))
+            orders.append(await self.shop.register(self.order(reference, "issuance", [draft])))
+            await self.ledger.submit(draft.signed)
+        for order in orders:
+            await self.shop.ended(order)
 
     async def through_the_hub(self) -> None:
         """A programme that comes to life while the daemon watches, announced by an event hub."""

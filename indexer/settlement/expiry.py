@@ -18,9 +18,7 @@ from indexer.store.operations import Operation
 CLOCK_SKEW_MS = 600_000
 
 
-async def certainly_expired(
-    conn: Connection, operation: Operation, leg: Leg, heads: Heads, after_ms: int
-) -> bool:
+async def certainly_expired(conn: Connection, operation: Operation, leg: Leg, heads: Heads, after_ms: int) -> bool:
     """Whether finalized, covered history has passed `after_ms` (Unix ms, the start of the second after the last one)."""
     watched = (await store.watched_since(conn, [leg])).get(leg.key)
     if watched is None:

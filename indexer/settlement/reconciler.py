@@ -187,7 +187,7 @@ class _Desk:
                 self.changes.claimed.append(StoredClaim(now, self.movements[now.evidence_id]))
 
     def touch_neighbours(self) -> None:
-        """Neighbours whose stored claim is no longer what the facts say: theirs is the next turn, not ours."""
+        """Neighbours whose claims or conflicts are no longer what the facts say: theirs is the next turn, not ours."""
         legs = {leg.key for leg in self.around.legs}
         holder = {claim.evidence_id: claim.leg for claim in self.matching.claims.values()}
         for claim in self.around.claims:
@@ -204,6 +204,14 @@ class _Desk:
             waits = claim.evidence_id in self.held_elsewhere
             if waits if key[0] in self.around.operations else key not in self.stored:
                 self.changes.touched.add(key[0])
+        contested = {
+            (key[0], key[1], conflict.evidence.id)
+            for found in (self.matching.conflicts, self.matching.held)
+            for key, conflict in found.items()
+            if key[0] not in self.around.operations
+        }
+        recorded = {entry for entry in self.around.contested if entry[:2] in legs}
+        self.changes.touched |= {entry[0] for entry in contested ^ recorded}
 
     # ------------------------------------------------------------------ states
 
@@ -289,6 +297,7 @@ class _Desk:
                 causes = [state.value, *self._decided(operation)]
                 if not all(leg.released for leg in operation.legs):
                     self.changes.released.append(operation.id)
+                    self.changes.touched.add(operation.id)  # once more: whoever waits beside it may be the only one now
             case State.CONFLICT:
                 late = late or passing  # passed through: a person has accepted what settled after all
                 kind, cause = signals.OF_STATE[state], "settled after it was closed" if late else "terms differ"

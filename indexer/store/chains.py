@@ -6,7 +6,7 @@ commit by themselves. Facts, and the cursor that speaks for them, are moved by `
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -161,6 +161,24 @@ async def held_at_or_below(conn: asyncpg.Connection, chain_id: int, number: int)
         number,
     )
     return None if row is None else BlockRef(row["number"], Hash32(row["hash"]))
+
+
+async def store_headers(conn: asyncpg.Connection, chain_id: int, headers: Iterable[Header]) -> None:
+    """Inserts headers as canonical; one that an earlier reorganisation undid and that returns is canonical again."""
+    listed = list(headers)
+    if listed:
+        await conn.execute(
+            """
+            INSERT INTO indexer.block AS b (chain_id, number, hash, parent_hash, time_ms)
+            SELECT $1, * FROM unnest($2::bigint[], $3::bytea[], $4::bytea[], $5::bigint[])
+            ON CONFLICT (chain_id, number, hash) DO UPDATE SET canonical = true WHERE NOT b.canonical
+            """,
+            chain_id,
+            [h.number for h in listed],
+            [h.hash for h in listed],
+            [h.parent_hash for h in listed],
+            [h.time_ms for h in listed],
+        )
 
 
 # --------------------------------------------------------------------------- configuration → rows

@@ -54,6 +54,7 @@ class Neighbourhood:
     movements: list[Movement]
     claims: list[Claim]
     decisions: list[Decision]
+    contested: set[tuple[UUID, int, UUID]]  # (operation, leg, evidence) that the rivals' records name as contested
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,20 +336,22 @@ async def load(conn: Connection, ids: Sequence[UUID]) -> Neighbourhood:
     legs = {leg.key: leg for leg in await _legs_of(conn, ids)}
     for leg in sorted(legs.values(), key=lambda leg: leg.index):
         operations[leg.operation_id].legs.append(leg)
-    movements = await _movements_for(conn, list(legs.values()))
-    # Rivals: whoever states one of these nonces or hashes, or waits for the same wallet and amount; then, once, the events
-    # under the hashes that came in by wallet.
-    asked = {leg.operation_hash for leg in legs.values() if leg.match == "operation_hash"}
-    hashes = {m.operation_hash for m in movements if m.operation_hash} | {
-        leg.operation_hash for leg in legs.values() if leg.operation_hash
-    }
-    for leg in await _rivals(conn, movements, list(hashes), list(legs.values())):
-        legs.setdefault(leg.key, leg)
-    if hashes - asked:
-        movements += await _movements_under(conn, list(hashes - asked))
-    unique = {(m.chain_id, m.block_hash, m.log_index): m for m in movements}
+    # Rivals, their events, the rivals of those, until nothing new turns up: whoever is looked at first, the picture that
+    # matching sees is the same. Other lanes are left out, so that copied nonces and hashes join nothing together.
+    movements: dict[tuple[int, Hash32, int], Movement] = {}
+    fresh = list(legs.values())
+    while fresh:
+        lanes = {leg.lane for leg in legs.values()}
+        found = {
+            (m.chain_id, m.block_hash, m.log_index): m for m in await _movements_for(conn, fresh) if m.lane in lanes
+        }
+        new = [m for key, m in found.items() if key not in movements]
+        movements |= found
+        rivals = {leg.key: leg for leg in await _rivals(conn, new, fresh) if leg.lane in lanes}
+        fresh = [leg for key, leg in rivals.items() if key not in legs]
+        legs |= rivals
     keys = list({key[0] for key in legs})
-    claims = await _claims_of(conn, keys, [m.id for m in unique.values()])
+    claims = await _claims_of(conn, keys, [m.id for m in movements.values()])
     decisions = [
         Decision(row["operation_id"], row["evidence_id"], row["leg"], row["accept"])
         for row in await conn.fetch(
@@ -359,7 +362,8 @@ async def load(conn: Connection, ids: Sequence[UUID]) -> Neighbourhood:
             keys,
         )
     ]
-    return Neighbourhood(operations, list(legs.values()), list(unique.values()), claims, decisions)
+    contested = await _contested_by(conn, [key for key in keys if key not in operations])
+    return Neighbourhood(operations, list(legs.values()), list(movements.values()), claims, decisions, contested)
 
 
 async def _legs_of(conn: Connection, ids: Sequence[UUID]) -> list[Leg]:
@@ -396,22 +400,19 @@ async def _movements_for(conn: Connection, legs: Sequence[Leg]) -> list[Movement
 async def evidence_beside(conn: Connection, leg: Leg, known: Collection[Movement]) -> bool:
     """Whether a canonical movement that can bear on the leg is there and not among the known: it came since they were read."""
     places = {(m.chain_id, m.block_hash, m.log_index) for m in known}
-    found = await _movements_for(conn, [leg])
+    found = [m for m in await _movements_for(conn, [leg]) if m.lane == leg.lane]
     return any((m.chain_id, m.block_hash, m.log_index) not in places for m in found)
 
 
-async def _movements_under(conn: Connection, hashes: Sequence[bytes]) -> list[Movement]:
-    rows = await conn.fetch(
-        f"SELECT {_MOVEMENT} FROM indexer.movement m WHERE m.canonical AND m.operation_hash = ANY($1::bytea[])",  # noqa: S608
-        hashes,
-    )
-    return [movement_of(row) for row in rows]
-
-
-async def _rivals(
-    conn: Connection, movements: Sequence[Movement], hashes: Sequence[bytes], legs: Sequence[Leg]
-) -> list[Leg]:
-    wallets = [leg for leg in legs if leg.match == "wallet_amount"]
+async def _rivals(conn: Connection, movements: Sequence[Movement], legs: Sequence[Leg]) -> list[Leg]:
+    """Legs that these movements could settle (leg_any_nonce_idx, leg_operation_hash_idx, leg_wallet_idx) or are claimed for
+    (claim_evidence_id_key), and legs that wait under the same hash or for the same wallet and amount."""
+    hashes = {m.operation_hash for m in movements if m.operation_hash}
+    hashes |= {leg.operation_hash for leg in legs if leg.operation_hash and leg.match == "operation_hash"}
+    wallets = {(m.holder, m.loyalty_id, m.bucket, m.amount) for m in movements}
+    wallets |= {(leg.holder, leg.loyalty_id, leg.bucket, leg.amount) for leg in legs if leg.match == "wallet_amount"}
+    if not movements and not hashes and not wallets:
+        return []
     rows = await conn.fetch(
         f"""
         SELECT {_LEG} FROM indexer.leg l JOIN indexer.operation o ON o.id = l.operation_id WHERE l.nonce = ANY($1::bytea[])
@@ -419,16 +420,38 @@ async def _rivals(
         SELECT {_LEG} FROM indexer.leg l JOIN indexer.operation o ON o.id = l.operation_id
             WHERE l.operation_hash = ANY($2::bytea[]) AND l.match = 'operation_hash'
         UNION
-        SELECT {_LEG} FROM unnest($3::bytea[], $4::numeric[]) AS w (holder, amount)
+        SELECT {_LEG} FROM unnest($3::bytea[], $4::bytea[], $5::numeric[], $6::numeric[]) AS w (holder, loyalty_id, bucket, amount)
             JOIN indexer.leg l ON l.holder = w.holder AND l.amount = w.amount AND l.match = 'wallet_amount'
+                AND l.loyalty_id = w.loyalty_id AND l.bucket = w.bucket
             JOIN indexer.operation o ON o.id = l.operation_id
+        UNION
+        SELECT {_LEG} FROM indexer.claim c JOIN indexer.leg l ON l.operation_id = c.operation_id AND l.leg = c.leg
+            JOIN indexer.operation o ON o.id = l.operation_id WHERE c.evidence_id = ANY($7::uuid[])
         """,  # noqa: S608
         list({m.nonce for m in movements}),
-        hashes,
-        [leg.holder for leg in wallets],
-        [leg.amount for leg in wallets],
+        list(hashes),
+        [wallet[0] for wallet in wallets],
+        [wallet[1] for wallet in wallets],
+        [wallet[2] for wallet in wallets],
+        [wallet[3] for wallet in wallets],
+        [m.id for m in movements],
     )
     return [_leg(row) for row in rows]
+
+
+async def _contested_by(conn: Connection, operations: Sequence[UUID]) -> set[tuple[UUID, int, UUID]]:
+    """The conflicts in the records of these operations, but for evidence that only came late (operation_pk)."""
+    if not operations:
+        return set()
+    rows = await conn.fetch(
+        """
+        SELECT o.id, (e ->> 'leg')::int AS leg, (e ->> 'evidenceId')::uuid AS evidence_id
+        FROM indexer.operation o, jsonb_array_elements(coalesce(o.detail -> 'conflicts', '[]')) AS e
+        WHERE o.id = ANY($1::uuid[]) AND NOT e ? 'late'
+        """,
+        operations,
+    )
+    return {(row["id"], row["leg"], row["evidence_id"]) for row in rows}
 
 
 async def _claims_of(conn: Connection, operations: Sequence[UUID], evidence: Sequence[UUID]) -> list[Claim]:
@@ -447,9 +470,7 @@ async def _claims_of(conn: Connection, operations: Sequence[UUID], evidence: Seq
     ]
 
 
-async def watched_since(
-    conn: Connection, legs: Sequence[Leg]
-) -> dict[tuple[UUID, int], tuple[list[bytes], int]]:
+async def watched_since(conn: Connection, legs: Sequence[Leg]) -> dict[tuple[UUID, int], tuple[list[bytes], int]]:
     """For each leg, the emitters that could have spoken for it and the factory's start block (for expiry).
 
     Every hub of the chain is one: its row names only the first of the factories that it serves.

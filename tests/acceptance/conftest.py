@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from indexer.store.database import Database
 
+from indexer.store.database import Database
 from tests.acceptance.world import Ledger, World
 
 

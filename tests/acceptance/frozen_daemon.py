@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+
 from indexer.cli import main
 from indexer.store import facts, leases
 from indexer.store.leases import Lease

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from indexer.model.types import Hash32
 from indexer.sandbox.actions import Signed
 from indexer.sandbox.anvil import RpcRefused
 from indexer.store.database import Database
-
 from tests.acceptance.world import BLOCK_SECONDS, CHAIN_ID, SMALL, Ledger, Received, World, until
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.xdist_group("acceptance"), pytest.mark.timeout(300)]
@@ -51,13 +51,14 @@ class Story:
 
 
 class Killer:
-    """Starts a daemon, kills it at a random moment, and starts the next at once."""
+    """Kills the daemon at a random moment and starts the next at once, again and again."""
 
     def __init__(self, world: World, rng: random.Random) -> None:
         self.world, self.rng, self.kills = world, rng, 0
+        self.peace = asyncio.Lock()  # whoever holds it keeps the daemon of the moment alive
 
     async def run(self) -> None:
-        daemon = await self.world.start()
+        daemon = self.world.daemons[-1]
         while self.kills < KILLS:
             if self.rng.random() < 0.3:
                 await asyncio.sleep(self.rng.uniform(0.2, 2.0))  # while it starts
@@ -65,9 +66,10 @@ class Killer:
                 await daemon.says("task begins", task=f"follow:{CHAIN_ID}")
                 await asyncio.sleep(self.rng.uniform(0.0, 1.2))  # while it works
             assert daemon.process.returncode is None, f"ended by itself:\n{daemon.last_words()}"
-            await daemon.kill()
-            self.kills += 1
-            daemon = await self.world.start()
+            async with self.peace:
+                await daemon.kill()
+                self.kills += 1
+                daemon = await self.world.start()
 
     async def reaches(self, kills: int) -> None:
         async def reached() -> bool:
@@ -84,6 +86,7 @@ class Teller:
         self.stories: list[Story] = []
         self.outcomes: dict[str, list[str]] = {}  # of fulfilments, by reference
         self.depths: list[int] = []
+        self.undone: list[str] = []  # references of those whose ready the shop had, and whose events never returned
         self._hands: set[asyncio.Task[None]] = set()
         world.shop.on_ready = self._on_ready
 
@@ -154,21 +157,49 @@ class Teller:
             await self.submit(story)
 
     async def reorganisation(self) -> None:
+        """Whatever the daemon has seen of it."""
         stories = [self.new(self.rng.choice(["remined", "returned", "gone"])) for _ in range(self.rng.randint(2, 3))]
         for story in stories:
             if story.fate == "gone" and self.rng.random() < 0.5:
                 story.deadline_in = 12
         await asyncio.gather(*(self.register(story) for story in stories))
+        await self._submit_all(stories)
+        await asyncio.sleep(self.rng.uniform(0.0, 0.8))
+        await self._undo(stories)
+        await self._bring_back(stories)
+
+    async def believed(self, killer: Killer) -> None:
+        """What the shop was told is undone: gone for ever, or back later, be the goods handed over or not."""
+        async with killer.peace:
+            await self.world.daemons[-1].says("task begins", task=f"follow:{CHAIN_ID}")
+            stories = [
+                self.new("gone", amount=self.rng.randint(1, SMALL), fulfil=False),
+                self.new("returned", amount=self.rng.randint(1, SMALL), fulfil=True),
+                self.new("returned", amount=self.rng.randint(1, SMALL), fulfil=self.rng.random() < 0.5),
+            ]
+            await asyncio.gather(*(self.register(story) for story in stories))
+            await self._submit_all(stories)
+            for story in stories:
+                await self.world.shop.hears(story.reference, "ready")
+            await self._undo(stories)
+            settled = await self.settled()
+            self.undone += [story.reference for story in stories if not story.lives and story.reference not in settled]
+            await asyncio.sleep(self.rng.uniform(0.0, 0.5))
+        await self._bring_back(stories)
+
+    async def _submit_all(self, stories: list[Story]) -> None:
         for story in stories:
             await self.submit(story)
-            await asyncio.sleep(self.rng.uniform(0, 2) * BLOCK_SECONDS)
-        # nothing else may be on its way: the observer has seen all that is undone
+            await asyncio.sleep(self.rng.uniform(0, 1) * BLOCK_SECONDS)
+        # nothing else may be on its way: the observer has to see all that is undone
         await self.mined(*(story for story in self.stories if story in stories or story.lives))
-        await asyncio.sleep(self.rng.uniform(0.0, 0.8))
+
+    async def _undo(self, stories: list[Story]) -> None:
         await self.world.observer.look()
         await self._replace(stories)
-        later = [story for story in stories if story.fate == "returned"]
-        if later:
+
+    async def _bring_back(self, stories: list[Story]) -> None:
+        if any(story.fate == "returned" for story in stories):
             await self.world.ledger.mine_on(self.rng.randint(1, 8))
         await self.mined(*(story for story in self.stories if story.lives))
 
@@ -194,7 +225,7 @@ class Teller:
         """The whole of it, spread over the kills."""
         never = [self.new("never", deadline_in=self.rng.randint(5, 20)) for _ in range(2)]
         cancelled, misfit, early = self.new("cancelled"), self.new("misfit"), self.new("kept")
-        episodes = [self.reorganisation] * 6 + [self.plain] * 4
+        episodes = [self.reorganisation] * 4 + [lambda: self.believed(killer)] * 3 + [self.plain] * 3
         self.rng.shuffle(episodes)
         for number, episode in enumerate(episodes):
             await killer.reaches(number * (KILLS - 1) // len(episodes))
@@ -249,6 +280,7 @@ async def test_twenty_kills_lose_nothing_and_say_nothing_twice(database: Databas
         async with Ledger.running(seed=seed) as ledger, World.of(ledger, database, tmp_path) as world:
             killer = Killer(world, random.Random(rng.random()))
             teller = Teller(world, random.Random(rng.random()))
+            await world.start()
             async with asyncio.TaskGroup() as both:
                 both.create_task(killer.run())
                 both.create_task(teller.tell(killer))
@@ -260,7 +292,9 @@ async def test_twenty_kills_lose_nothing_and_say_nothing_twice(database: Databas
                 return teller.expected(settled)
 
             await world.judge(expected, finalized=True, grace=GRACE)
-            told = Counter(got.type for got in world.shop.received)
+            for reference in teller.undone:
+                assert world.shop.heard(reference, "reverted"), f"{reference} was undone, and the shop was not told"
+            told = Counter(got.type.removeprefix("operation.") for got in world.shop.received)
             print(f"seed {seed}: {len(teller.stories)} operations, reorganisations {teller.depths}, {dict(told)}")
             assert await world.daemons[-1].stop() == 0
     except BaseException as error:

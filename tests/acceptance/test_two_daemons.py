@@ -35,7 +35,9 @@ async def leads(world: World, daemon: Daemon) -> str:
 @pytest.mark.parametrize("where", ["idle", "open", "copy", "commit"])
 async def test_a_frozen_leader_is_replaced_and_steps_down(world: World, tmp_path: Path, where: str) -> None:
     trigger = tmp_path / "freeze"
-    frozen = await world.start(program=(sys.executable, str(Path(__file__).with_name("frozen_daemon.py")), where, str(trigger)))
+    frozen = await world.start(
+        program=(sys.executable, str(Path(__file__).with_name("frozen_daemon.py")), where, str(trigger))
+    )
     await frozen.says("listening")
     holder = await leads(world, frozen)
     other = await world.start()

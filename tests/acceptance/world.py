@@ -27,6 +27,9 @@ from uuid import UUID
 import aiohttp
 import asyncpg
 from aiohttp import web
+from standardwebhooks import Webhook as Verifier
+from standardwebhooks.webhooks import WebhookVerificationError
+
 from indexer.model.types import Hash32, hex0x
 from indexer.sandbox.actions import Issuance, Metadata, Redemption, Signed, sign
 from indexer.sandbox.anvil import Anvil
@@ -35,9 +38,6 @@ from indexer.sandbox.loyfin import WEALTH, Deployment, Loyfin, burst, create_pro
 from indexer.sandbox.transactions import Party
 from indexer.store import tokens
 from indexer.store.database import Database
-from standardwebhooks import Webhook as Verifier
-from standardwebhooks.webhooks import WebhookVerificationError
-
 from tests import oracle, truth
 
 BRAND = "bloom"
@@ -63,7 +63,11 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 async def until(
-    condition: Callable[[], Awaitable[Any]], what: str | Callable[[], object], *, seconds: float = 30.0, pause: float = 0.05
+    condition: Callable[[], Awaitable[Any]],
+    what: str | Callable[[], object],
+    *,
+    seconds: float = 30.0,
+    pause: float = 0.05,
 ) -> Any:
     """The first true answer of `condition`; after so many seconds an AssertionError that says what was waited for."""
     deadline = time.monotonic() + seconds
@@ -387,7 +391,9 @@ class Daemon:
         async def still() -> bool:
             return state_of(self.process.pid) == "T"
 
-        await until(still, lambda: f"process {self.process.pid} stands still; {self.last_words()}", seconds=seconds, pause=0.01)
+        await until(
+            still, lambda: f"process {self.process.pid} stands still; {self.last_words()}", seconds=seconds, pause=0.01
+        )
 
     # ---- what it says
 
@@ -442,7 +448,9 @@ def state_of(pid: int) -> str:
 # --------------------------------------------------------------------------- all of it
 
 
-def configuration(folder: Path, dsn: str, ledger: Ledger, shop: Shop, *, lease_seconds: float = LEASE_SECONDS, more: str = "") -> Path:
+def configuration(
+    folder: Path, dsn: str, ledger: Ledger, shop: Shop, *, lease_seconds: float = LEASE_SECONDS, more: str = ""
+) -> Path:
     """Writes a file of configuration. `more` follows on the brand's table: policies are set, tables may be added."""
     folder.mkdir(parents=True, exist_ok=True)
     secret, path = folder / "secret", folder / "indexer.toml"
@@ -640,7 +648,6 @@ class World:
 
         await until(resting, lacking, seconds=seconds, pause=0.1)
 
-
     # ---- the judgement
 
     async def judge(
@@ -701,7 +708,10 @@ class World:
             data = row["payload"]["data"]
             reference = data["operation"]["reference"]
             leg = self.legs[reference]
-            terms = {name: leg[name] for name in ("kind", "factory", "issuer", "holder", "loyaltyId", "amount", "expiresAt", "nonce")}
+            terms = {
+                name: leg[name]
+                for name in ("kind", "factory", "issuer", "holder", "loyaltyId", "amount", "expiresAt", "nonce")
+            }
             demand = oracle.Demand("included" if int(leg["amount"]) <= SMALL else "safe")
             legs = tuple(
                 oracle.Basis(terms, bytes.fromhex(found["blockHash"][2:]), found["logIndex"], demand)
@@ -730,4 +740,6 @@ class World:
                 wrong.append(f"{row['type']} {row['signal_id']} is {row['state']}")
         queued = {row["signal_id"] for row in await pool.fetch("SELECT signal_id FROM indexer.delivery")}
         hints = {"operation.confirming", "operation.submitted", "operation.rejected"}
-        return wrong + [f"{kind} {id} was never queued" for id, kind in known.items() if id not in queued and kind not in hints]
+        return wrong + [
+            f"{kind} {id} was never queued" for id, kind in known.items() if id not in queued and kind not in hints
+        ]

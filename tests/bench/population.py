@@ -113,7 +113,8 @@ class Population:
                 FROM generate_series(0, {self.head}) AS n""",
             f"""INSERT INTO indexer.programme (chain_id, block_number, log_index, block_hash, block_time_ms, tx_hash, tx_index, emitter,
                     canonical, factory, issuer, loyalty_id, loyalty, name, symbol, media, description, contract_uri, token_uri)
-                SELECT {where}, {factory}, {issuer}, CASE i WHEN 0 THEN {loyalty_id}::bytea ELSE sha256(convert_to('p' || i, 'UTF8')) END,
+                SELECT {CHAIN}, n, 8 + i % 2, {_HASH}, {time_ms}, {_NONCE}, 0, {factory}, true, {factory}, {issuer},
+                    CASE i WHEN 0 THEN {loyalty_id}::bytea ELSE sha256(convert_to('p' || i, 'UTF8')) END,
                     CASE i WHEN 0 THEN {token}::bytea ELSE substr(sha256(convert_to('t' || i, 'UTF8')), 1, 20) END, 'P', 'P', '', '', '', ''
                 FROM generate_series(0, 99) AS i, LATERAL (SELECT 1 + i / 2) AS b (n)""",
             f"""INSERT INTO indexer.movement (chain_id, block_number, log_index, block_hash, block_time_ms, tx_hash, tx_index, emitter,

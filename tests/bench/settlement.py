@@ -1,3 +1,9 @@
-NOTE=""
-async def run(scale): return {}
-def table(r): return [("a",)]
+NOTE = ""
+
+
+async def run(scale):
+    return {}
+
+
+def table(r):
+    return [("a",)]

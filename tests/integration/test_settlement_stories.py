@@ -16,7 +16,7 @@ import asyncpg
 import pytest
 
 from indexer.model.confidence import Level, Policy
-from indexer.settlement.reconciler import BrandRules
+from indexer.settlement.reconciler import BrandRules, reconcile
 from indexer.store.signals import number
 from tests.oracle import Basis, Demand, Event, Moment, Ready, judge_database, judge_ready, judge_states, read_signals
 from tests.world import BASE_MS, BRAND, World, digest, hexa
@@ -217,6 +217,10 @@ class Story:
 
     async def settle(self) -> None:
         self.remember()
+        small = self.random.choice([1, 2, 3, 200])  # whoever is looked at first, the end is the same
+        for _ in range(self.random.randint(0, 4)):
+            async with self.world.conn.transaction():
+                await reconcile(self.world.conn, self.world.rules, {}, batch=small)
         await self.world.settle()
         for operation in self.own:
             last = operation.leg.get("deadline")
@@ -364,3 +368,48 @@ async def test_a_closed_operation_says_again_that_it_is_closed_once_its_conflict
         await world.decide(operation, await world.conflicting(operation), False)
         await world.settle()
         assert await world.trace(operation) == ["cancelled", "conflict", "cancelled"]
+
+
+# --------------------------------------------------------------------------- neighbours: found by the stories above
+
+
+async def test_evidence_that_a_dismissal_sets_free_goes_to_the_wallet_that_waits_for_it(owner_dsn: str) -> None:
+    async with World.at(owner_dsn, {BRAND: BrandRules((DEMANDS["included"][0],))}) as world:
+        leg = world.leg(operationHash=hexa(HASHES[0]))
+        by_hash = await world.register(leg)
+        by_wallet = await world.register(world.leg(match="wallet_amount"), requestedAt="2026-09-21T14:13:20Z")
+        await world.cancel(by_hash)
+        await world.settle()
+        await world.event(10, leg)
+        await world.settle()
+        assert [await world.state(o) for o in (by_hash, by_wallet)] == ["conflict", "pending"]
+        await world.decide(by_hash, await world.conflicting(by_hash), False)
+        await world.settle()
+        assert [await world.state(o) for o in (by_hash, by_wallet)] == ["cancelled", "ready"]
+
+
+async def test_a_hash_goes_before_a_wallet_that_is_not_ready_yet(owner_dsn: str) -> None:
+    async with World.at(owner_dsn) as world:
+        wallet = await world.register(world.leg(match="wallet_amount"), requestedAt="2026-09-21T14:13:20Z")
+        leg = world.leg(operationHash=hexa(HASHES[0]))
+        await world.event(10, leg)
+        await world.settle()
+        assert await world.state(wallet) == "confirming"
+        by_hash = await world.register(leg)
+        await world.settle()
+        assert [await world.state(o) for o in (wallet, by_hash)] == ["pending", "confirming"]
+
+
+async def test_a_conflict_by_hash_follows_how_many_operations_it_can_mean(owner_dsn: str) -> None:
+    async with World.at(owner_dsn, {BRAND: BrandRules((DEMANDS["included"][0],))}) as world:
+        leg = world.leg(operationHash=hexa(HASHES[0]))
+        first = await world.register(leg)
+        await world.event(10, leg, amount="1")
+        await world.settle()
+        assert await world.state(first) == "conflict"
+        second = await world.register(leg)  # now it could mean either
+        await world.settle()
+        assert [await world.state(o) for o in (first, second)] == ["pending", "pending"]
+        await world.cancel(first)
+        await world.settle()
+        assert [await world.state(o) for o in (first, second)] == ["cancelled", "conflict"]

@@ -5,6 +5,7 @@ Each ends in a count and a row; the loops go on, and what stands beside it in th
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from tests.simulation.world import HOLDER, World, word
 
 HUB = b"\xab" * 20
 MOST = 2**256 - 1
+NOW = {"time_s": int(time.time()) - 3600}  # unmatched evidence is judged by the clock
 MODES = pytest.mark.parametrize("socket", [True, False], ids=["socket", "polling"])
 
 
@@ -120,7 +122,7 @@ def passed(bucket: int, amount: int) -> LogSpec:
 @MODES
 async def test_the_largest_numbers_settle_and_add_up(database: Database, socket: bool) -> None:
     """Twelve times 2^256 - 1 is more than a uint256, and more than 78 digits: sums must hold it."""
-    async with FakeNode() as node:
+    async with FakeNode(options=NOW) as node:
         world = World(database, node, socket=socket)
         terms: dict[str, Any] = {
             "amount": MOST, "expiresAt": str(MOST), "deadline": str(MOST), "operationHash": "0x" + "ff" * 32,
@@ -169,7 +171,7 @@ def with_hub(node: FakeNode, **settings: Any) -> Any:
 @pytest.mark.parametrize("second", [HUB, token_of(1)], ids=["the hub", "the token"])
 async def test_a_nonce_said_by_two_emitters_settles_once(database: Database, socket: bool, second: bytes) -> None:
     """Stored both, counted and told once; it settles nothing again, and is nobody's unmatched evidence."""
-    async with FakeNode() as node:
+    async with FakeNode(options=NOW) as node:
         world = World(database, node, socket=socket, chain=with_hub)
         with capture_logs() as logs:
             async with world.running(unmatched_quiet_ms=0):

@@ -87,6 +87,7 @@ class World:
         """All loops, for the body; then every one is stopped where it stands, as at the end of a process."""
         chain = self._chain(self.node, **{**self.settings, **settings})
         brand: dict[str, Any] = {"name": BRAND, "issuers": ["0x" + ISSUER.hex()], "policies": [{"confidence": self.confidence}]}
+        brand["unmatched_since"] = "2020-01-01T00:00:00Z"
         brand["webhooks"] = [{"secrets": [SECRET], "allow": ["127.0.0.0/8"]} | dict(webhook) for webhook in webhooks]
         config = Config.model_validate({"state_dir": "/nonexistent", "chains": [chain], "brands": [brand]})
         rng = random.Random(1)
