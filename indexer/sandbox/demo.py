@@ -228,6 +228,8 @@ async def run_demo(*, as_json: bool, keep: bool, seed: int) -> int:
                 failed = await _watched(world)
                 truths = [truth async for truth in world.shop.client.operations()]
             verdict = judge(world.shop, world.receiver, truths, world.ledger.reorganisations, failed)
+            if not verdict.ok:
+                screen.summary(f"daemon's log     {error}" for error in world.service.errors())
             _report(verdict, screen, as_json)
             leave = keep or not verdict.ok
             if keep:

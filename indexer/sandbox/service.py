@@ -125,6 +125,20 @@ class Service:
         """The end of the daemon's log."""
         return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
+    def errors(self, most: int = 5) -> list[str]:
+        """The latest different errors in the daemon's log."""
+        found: dict[str, None] = {}
+        for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict) and entry.get("level") in ("error", "critical"):
+                text = ": ".join(str(entry[key]) for key in ("task", "event", "error") if key in entry)
+                found.pop(text, None)
+                found[text] = None
+        return list(found)[-most:]
+
     async def token(self, name: str, scopes: Sequence[str], brand: str | None = None) -> str:
         """A new API token, by `indexer tokens add`."""
         of_brand = ["--brand", brand] if brand else []

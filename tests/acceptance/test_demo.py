@@ -16,6 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from indexer.sandbox.receiver import Receiver
+from indexer.sandbox.shop import End, Order, Shop
+from indexer.sandbox.verdict import judge
+
 pytestmark = [pytest.mark.acceptance, pytest.mark.xdist_group("demo"), pytest.mark.timeout(400)]
 
 MARK = "DEMO_TEST_MARK"
@@ -62,6 +66,29 @@ def place() -> Iterator[Place]:
         yield Place(folder, secrets.token_hex(16))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+async def test_an_operation_that_ends_elsewhere_fails_the_demo() -> None:
+    orders = {"one": Order("one", "a story", "issuance", 5, [], End("fulfilled"), status="fulfilled", generation=1)}
+    async with Shop("bloom", orders, {}, lambda order, signal: None) as shop:
+        receiver = Receiver("whsec_" + "A" * 32, shop.take)
+        receiver.duplicates, shop.streams = 1, {"a stream"}
+        truth = {"reference": "one", "status": "ready", "generation": 1}
+
+        verdict = judge(shop, receiver, [truth], 0, [])
+        assert not verdict.ok
+        assert verdict.document()["ok"] is False
+        assert verdict.document()["operations"] == {"ready": 1}
+        assert verdict.failures == [
+            "one (a story): status should be fulfilled, is ready",
+            "one (a story): signals should be ready, fulfilled, is none",
+            "one (a story): finalized signals should be 1, is 0",
+        ]
+
+        orders["one"].end = End("ready", 1, ())
+        assert judge(shop, receiver, [truth], 0, []).ok
+        assert not judge(shop, receiver, [truth], 0, ["a story: did not end"]).ok
+        assert not judge(shop, receiver, [], 0, []).ok
 
 
 async def test_the_demo_tells_every_story_to_its_expected_end(place: Place) -> None:
