@@ -24,13 +24,13 @@ import aiohttp
 
 from indexer.model.types import hex0x
 from indexer.sandbox.anvil import Anvil, AnvilFailed, NoAnvil, RpcRefused
+from indexer.sandbox.author import CONFIRMED_UP_TO, INCLUDED_UP_TO, Draft
 from indexer.sandbox.client import Answered, Client
 from indexer.sandbox.ledger import BLOCK_SECONDS, BLOOM, CHAIN_ID, ORCHIDS, SLOTS, Ledger, Refused
 from indexer.sandbox.receiver import Receiver
 from indexer.sandbox.reorganisations import Reorganisations
 from indexer.sandbox.service import Service, ServiceFailed, free_port
 from indexer.sandbox.shop import Disappointed, Order, Shop
-from indexer.sandbox.story import CONFIRMED_UP_TO, INCLUDED_UP_TO, Draft
 from indexer.sandbox.table import Screen
 from indexer.sandbox.transactions import Refused as ContractRefused
 from indexer.sandbox.verdict import Verdict, judge

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from indexer.model.types import Hash32
+from indexer.sandbox.author import INCLUDED_UP_TO, Draft
 from indexer.sandbox.shop import Disappointed, End, Order
-from indexer.sandbox.story import ANA, BEN, CLEO, INCLUDED_UP_TO, Draft, Stories
+from indexer.sandbox.story import ANA, BEN, CLEO, Stories
 from indexer.sandbox.transactions import Party
 
 ATTEMPTS = 6

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,10 +282,12 @@ async def test_twenty_kills_lose_nothing_and_say_nothing_twice(database: Databas
             killer = Killer(world, random.Random(rng.random()))
             teller = Teller(world, random.Random(rng.random()))
             await world.start()
+            began = time.monotonic()
             async with asyncio.TaskGroup() as both:
                 both.create_task(killer.run())
                 both.create_task(teller.tell(killer))
             assert killer.kills == KILLS
+            played = time.monotonic()
             settled = await teller.settled()
 
             async def expected() -> dict[str, str]:
@@ -295,7 +298,10 @@ async def test_twenty_kills_lose_nothing_and_say_nothing_twice(database: Databas
             for reference in teller.undone:
                 assert world.shop.heard(reference, "reverted"), f"{reference} was undone, and the shop was not told"
             told = Counter(got.type.removeprefix("operation.") for got in world.shop.received)
-            print(f"seed {seed}: {len(teller.stories)} operations, reorganisations {teller.depths}, {dict(told)}")
+            print(
+                f"seed {seed}: {len(teller.stories)} operations, reorganisations {teller.depths}, {dict(told)};"
+                f" played {played - began:.0f} s, at rest after {time.monotonic() - played:.0f} s"
+            )
             assert await world.daemons[-1].stop() == 0
     except BaseException as error:
         error.add_note(f"SEED={seed}")
