@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import structlog
+
 from indexer.model.evidence import Movement
 from indexer.model.operation import State
 from indexer.model.signal import Signal
 from indexer.store.operations import Operation
 from indexer.telemetry import Metrics, Stage
+
+REMEMBERED = 10_000  # repeated events that were told
+
+log = structlog.get_logger(__name__)
 
 
 class SettlementObserver:
@@ -16,6 +22,7 @@ class SettlementObserver:
 
     def __init__(self, metrics: Metrics, chain_names: dict[int, str]) -> None:
         self._metrics, self._chains = metrics, chain_names
+        self._repeats: set[tuple[int, bytes, int]] = set()
 
     def transition(self, operation: Operation, to: State, movements: Sequence[Movement], now_ms: int) -> None:
         metrics, brand = self._metrics, operation.brand
@@ -40,5 +47,21 @@ class SettlementObserver:
         self._metrics.signals.labels(signal.brand, signal.type).inc()
 
     def repeated(self, movement: Movement) -> None:
+        """A second event of one identity: counted and told once, however often the reconciler comes by."""
+        place = (movement.chain_id, movement.block_hash, movement.log_index)
+        if place in self._repeats:
+            return
+        if len(self._repeats) >= REMEMBERED:
+            self._repeats.clear()
+        self._repeats.add(place)
         name = self._chains.get(movement.chain_id, str(movement.chain_id))
         self._metrics.repeated.labels(name, movement.kind).inc()
+        log.warning(
+            "a second event of one signed action: it settles nothing",
+            chain=name,
+            kind=movement.kind,
+            block=movement.block_number,
+            log_index=movement.log_index,
+            tx=movement.tx_hash,
+            nonce=movement.nonce,
+        )

@@ -96,7 +96,9 @@ class Starts:
         for factory in self._chain.factories:
             for address in (factory.address, factory.event_hub):
                 if address is not None and address not in self._known:
-                    known = await self._check(address, factory.start_block)
+                    # a hub may be older than its factory: it says nothing of the factory before that
+                    first = factory.start_block if address == factory.address else 0
+                    known = await self._check(address, first)
                     if known is None:
                         return False  # nothing there (yet): asked again
                     self._known[address] = known

@@ -263,11 +263,12 @@ class Decoder:
     def _discover(self, logs: Sequence[Log], speakers: Speakers, out: Decoded) -> dict[bytes, int]:
         """Announcements by configured emitters: fills `out.tokens`, gives new token → the block it was announced in."""
         announced = []
+        creating = {topic0: reading for topic0, reading in self._readings.items() if reading.creates}
         for log in logs:
             topics = log.topics
-            if topics and (allowed := speakers.speaks_for.get(log.address)) is not None:
-                reading = self._readings.get(topics[0])
-                if reading is None or not reading.creates or len(topics) not in reading.shapes:
+            if topics and topics[0] in creating and (allowed := speakers.speaks_for.get(log.address)) is not None:
+                reading = creating[topics[0]]
+                if len(topics) not in reading.shapes:
                     continue
                 try:
                     factory, issuer, loyalty_id, loyalty = reading.shapes[len(topics)](topics, log.data)[:4]
@@ -342,8 +343,8 @@ def _movement_reader(kind: str) -> Reader:
     def read(out: Decoded, where: Row, emitter: bytes, values: Values) -> bool:
         factory, issuer, loyalty_id, loyalty, holder, bucket, amount, nonce, operation_hash, data = values
         known = operation_hash if operation_hash != ZERO_HASH else None
-        parties = (kind, factory, issuer, loyalty_id, loyalty, holder)
-        out.movements.append(where + parties + (bucket, amount, nonce, known, data[:MAX_DATA]))
+        terms = (kind, factory, issuer, loyalty_id, loyalty, holder, bucket, amount, nonce, known, data[:MAX_DATA])
+        out.movements.append(where + terms)
         return len(data) > MAX_DATA
 
     return read

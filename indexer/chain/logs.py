@@ -21,23 +21,29 @@ def timed(raws: Sequence[RawLog], schedule: Schedule | None, headers: Mapping[in
     Raises Lie for a malformed log; KeyError for a block that has no time (see `untimed`).
     """
     logs = []
+    at: str | None = None  # the block that time_ms is of
+    time_ms = 0
     try:
         for raw in raws:
-            number = quantity(raw.block_number or "")
-            if schedule is not None:
-                time_ms = schedule.time_ms(number)
-            elif (header := headers.get(number)) is not None:
-                time_ms = header.time_ms
-            elif raw.block_timestamp is not None:
-                time_ms = 1000 * quantity(raw.block_timestamp)
-            else:
-                raise KeyError(number)
+            if raw.block_number != at or at is None:
+                at = raw.block_number or ""
+                time_ms = _time_ms(quantity(at), raw, schedule, headers)
             logs.append(parse_log(raw, time_ms))
     except BadLog as error:
         raise Lie("logs_parse", str(error)) from None
     except ValueError as error:
         raise Lie("logs_parse", f"block number or time: {error}") from None
     return logs
+
+
+def _time_ms(number: int, raw: RawLog, schedule: Schedule | None, headers: Mapping[int, Header]) -> int:
+    if schedule is not None:
+        return schedule.time_ms(number)
+    if (header := headers.get(number)) is not None:
+        return header.time_ms
+    if raw.block_timestamp is not None:
+        return 1000 * quantity(raw.block_timestamp)
+    raise KeyError(number)
 
 
 def untimed(raws: Sequence[RawLog], schedule: Schedule | None) -> list[int]:

@@ -85,7 +85,13 @@ class Gatherer:
                 admitted, await asyncio.gather(*(self._read(header, wanted) for header in admitted)), strict=True
             ):
                 logs[header.number] = found
-            kept = [log for number in sorted(logs) for log in logs[number] if log.address in wanted]
+            # what strangers say with our topics goes along: the decoder counts it, and stores none of it
+            kept = [
+                log
+                for number in sorted(logs)
+                for log in logs[number]
+                if log.address in wanted or (log.topics and log.topics[0] in self._decoder.topics)
+            ]
             rows = self._decoder.decode(kept, self.speakers)
             new = {token.token for token in rows.tokens} - wanted
             if not new:

@@ -52,7 +52,7 @@ class RawLog(msgspec.Struct, rename="camel", kw_only=True, gc=False):
     """A log of eth_getLogs, of a receipt, or of a `logs` subscription."""
 
     address: str
-    topics: list[str]
+    topics: tuple[str, ...]
     data: str
     block_number: str | None = None  # null in a pending block, as the five below
     block_hash: str | None = None
@@ -113,20 +113,25 @@ def exact_bytes(text: str, size: int) -> bytes:
     return unhexlify(text[2:])  # unlike bytes.fromhex it takes no white space
 
 
-# emitters and block hashes come again and again
+def _words(texts: tuple[str, ...]) -> tuple[bytes, ...]:
+    words = tuple([unhexlify(text[2:]) for text in texts if len(text) == 66 and text[:2] == "0x"])
+    if len(words) != len(texts) or len(words) > 4:
+        raise ValueError(f"topics are not at most four words: {[text[:80] for text in texts[:5]]}")
+    return words
+
+
+# Emitters and block hashes come again and again, and so do topics: the event, the factory, the issuer, the programme.
 _frequent = lru_cache(maxsize=1 << 14)(exact_bytes)
+_topics = lru_cache(maxsize=1 << 12)(_words)
 
 
 def parse_log(raw: RawLog, time_ms: int) -> Log:
     """The Log of one answer's log, strictly. Raises BadLog for what is odd, out of range, pending or `removed`."""
+    number, block_hash, tx_hash = raw.block_number, raw.block_hash, raw.transaction_hash
+    tx_index, log_index, data = raw.transaction_index, raw.log_index, raw.data
     try:
         if raw.removed:  # eth_getLogs answered with the other fork's undo: graph-node#5661
             raise ValueError("removed is true")
-        topics = tuple([unhexlify(topic[2:]) for topic in raw.topics if len(topic) == 66 and topic[:2] == "0x"])
-        if len(topics) != len(raw.topics) or len(topics) > 4:
-            raise ValueError(f"topics are not at most four words: {[topic[:80] for topic in raw.topics[:5]]}")
-        number, block_hash, tx_hash = raw.block_number, raw.block_hash, raw.transaction_hash
-        tx_index, log_index, data = raw.transaction_index, raw.log_index, raw.data
         if number is None or block_hash is None or tx_hash is None or tx_index is None or log_index is None:
             raise ValueError("of no block: pending")
         if data[:2] != "0x":
@@ -135,7 +140,7 @@ def parse_log(raw: RawLog, time_ms: int) -> Log:
             raise ValueError(f"transactionHash: expected 32 bytes, got {tx_hash[:80]!r}")
         log = Log(
             _frequent(raw.address, 20),
-            topics,
+            _topics(tuple(raw.topics)),
             unhexlify(data[2:]),
             quantity(number),
             _frequent(block_hash, 32),

@@ -6,6 +6,7 @@ Woken by facts, heads and registrations, and by a sweep each second in case a wa
 from __future__ import annotations
 
 from collections.abc import Mapping
+from uuid import UUID
 
 from indexer.model import signal as signals
 from indexer.settlement.reconciler import BrandRules, Observer, Pass, reconcile
@@ -63,8 +64,12 @@ async def tell_unmatched(conn: Connection, quiet_ms: int, limit: int = 500) -> i
         if chain.latched or chain.safe_number < 0:
             continue
         found, cursor = await store.unmatched_due(conn, chain, clock_ms, quiet_ms, limit)
-        contested = await store.contested(conn, [movement for _, movement in found]) if found else set()
-        new = [signals.unmatched_signal(m, brand, clock_ms) for brand, m in found if m.id not in contested]
+        spoken_for: set[UUID] = set()
+        if found:
+            spoken_for = await store.contested(conn, [movement for _, movement in found])
+            # a second event of an identity that has settled is no unmatched one
+            spoken_for |= await store.claimed(conn, [movement.id for _, movement in found])
+        new = [signals.unmatched_signal(m, brand, clock_ms) for brand, m in found if m.id not in spoken_for]
         await append(conn, new)
         await store.move_unmatched_cursor(conn, chain.chain_id, cursor)
         told += len(new)

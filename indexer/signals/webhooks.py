@@ -121,7 +121,8 @@ class Dispatcher:
                 await self._close_retired()
                 if pause > 0:
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(self._stirred.wait(), pause)
+                        async with asyncio.timeout(pause):  # wait_for of Python 3.11 may swallow a cancellation
+                            await self._stirred.wait()
         finally:
             for task in (listener, *attempts):
                 task.cancel()

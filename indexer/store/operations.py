@@ -124,7 +124,8 @@ async def spread_touched_blocks(conn: Connection, limit: int = 100) -> int:
     """Turns ranges of blocks whose facts came or went into operations to look at. Returns how many ranges were taken.
 
     movement_pk serves the range; leg_any_nonce_idx, leg_operation_hash_idx and leg_wallet_idx the joins; claim_log_idx the
-    claims that the range holds (their event may be gone). Evidence that arrives below the cursor of unmatched evidence and
+    claims that the range holds (their event may be gone); OFFSET 0 keeps each look-up one, where the planner, which cannot know
+    how short the ranges are, would rather read the tables from end to end. Evidence that arrives below the cursor of unmatched evidence and
     is new enough to be signalled moves that cursor back: the signal's id is derived, so looking twice sends nothing twice.
     """
     rows = await conn.fetch(
@@ -146,20 +147,25 @@ async def spread_touched_blocks(conn: Connection, limit: int = 100) -> int:
         """
         WITH ranges AS (SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::bigint[]) AS r (chain_id, low, high)),
         seen AS MATERIALIZED (
-            SELECT DISTINCT m.chain_id, m.factory, m.kind, m.issuer, m.nonce, m.operation_hash, m.holder, m.amount
-            FROM ranges r JOIN indexer.movement m ON m.chain_id = r.chain_id AND m.block_number BETWEEN r.low AND r.high)
+            SELECT DISTINCT m.* FROM ranges r CROSS JOIN LATERAL (
+                SELECT m.chain_id, m.factory, m.kind, m.issuer, m.nonce, m.operation_hash, m.holder, m.amount
+                FROM indexer.movement m WHERE m.chain_id = r.chain_id AND m.block_number BETWEEN r.low AND r.high OFFSET 0) AS m)
         INSERT INTO indexer.touched_operation (operation_id)
-        SELECT l.operation_id FROM seen m JOIN indexer.leg l
-            ON l.nonce = m.nonce AND l.chain_id = m.chain_id AND l.factory = m.factory AND l.kind = m.kind AND l.issuer = m.issuer
-            WHERE l.nonce IS NOT NULL
-        UNION SELECT l.operation_id FROM seen m JOIN indexer.leg l
-            ON l.operation_hash = m.operation_hash AND l.chain_id = m.chain_id AND l.factory = m.factory AND l.kind = m.kind
-            AND l.issuer = m.issuer WHERE l.operation_hash IS NOT NULL AND l.match = 'operation_hash'
-        UNION SELECT l.operation_id FROM seen m JOIN indexer.leg l
-            ON l.holder = m.holder AND l.amount = m.amount AND l.chain_id = m.chain_id AND l.factory = m.factory AND l.kind = m.kind
-            AND l.issuer = m.issuer WHERE l.match = 'wallet_amount'
-        UNION SELECT c.operation_id FROM ranges r JOIN indexer.claim c
-            ON c.chain_id = r.chain_id AND c.block_number BETWEEN r.low AND r.high
+        SELECT l.operation_id FROM seen m CROSS JOIN LATERAL (
+            SELECT l.operation_id FROM indexer.leg l
+            WHERE l.nonce = m.nonce AND l.chain_id = m.chain_id AND l.factory = m.factory AND l.kind = m.kind AND l.issuer = m.issuer
+            OFFSET 0) AS l
+        UNION SELECT l.operation_id FROM seen m CROSS JOIN LATERAL (
+            SELECT l.operation_id FROM indexer.leg l
+            WHERE l.operation_hash = m.operation_hash AND l.chain_id = m.chain_id AND l.factory = m.factory AND l.kind = m.kind
+              AND l.issuer = m.issuer AND l.match = 'operation_hash' OFFSET 0) AS l
+        UNION SELECT l.operation_id FROM seen m CROSS JOIN LATERAL (
+            SELECT l.operation_id FROM indexer.leg l
+            WHERE l.holder = m.holder AND l.amount = m.amount AND l.chain_id = m.chain_id AND l.factory = m.factory AND l.kind = m.kind
+              AND l.issuer = m.issuer AND l.match = 'wallet_amount' OFFSET 0) AS l
+        UNION SELECT c.operation_id FROM ranges r CROSS JOIN LATERAL (
+            SELECT c.operation_id FROM indexer.claim c
+            WHERE c.chain_id = r.chain_id AND c.block_number BETWEEN r.low AND r.high OFFSET 0) AS c
         """,
         *ranges,
     )
@@ -644,6 +650,12 @@ async def contested(conn: Connection, movements: Sequence[Movement]) -> set[UUID
         [m.operation_hash for m in movements if m.operation_hash],
     )
     return {row["id"] for row in rows}
+
+
+async def claimed(conn: Connection, evidence: Sequence[UUID]) -> set[UUID]:
+    """Which of these identities settle a leg, wherever the event stands that does (claim_evidence_id_key)."""
+    rows = await conn.fetch("SELECT evidence_id FROM indexer.claim WHERE evidence_id = ANY($1::uuid[])", evidence)
+    return {row["evidence_id"] for row in rows}
 
 
 async def move_unmatched_cursor(conn: Connection, chain_id: int, cursor: int) -> None:

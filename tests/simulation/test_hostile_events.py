@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from eth_abi.abi import encode
 from eth_hash.auto import keccak
+from structlog.testing import capture_logs
 
 from indexer.model.evidence import evidence_id
 from indexer.model.types import Address
 from indexer.store import queries
 from indexer.store.database import Database
-from structlog.testing import capture_logs
 from tests.fake_node import FakeNode, LogSpec
 from tests.following import (
     FACTORY,
@@ -84,7 +84,13 @@ async def test_events_that_do_not_fit_their_abi_are_counted_and_kept_whole(datab
             rows = await database.pool.fetch("SELECT topics, data, reason, error FROM indexer.raw_log ORDER BY log_index")
             assert [(list(row["topics"]), row["data"]) for row in rows] == [(topics, data) for _, topics, data in odd]
             assert [row["reason"] for row in rows] == ["undecodable"] * 3 + ["unknown_topic"] * 2
-            assert all("PointsIssued" in row["error"] or "topic" in row["error"] or "byte" in row["error"] for row in rows[:3]), rows
+            assert [row["error"] for row in rows] == [
+                "expected at least 224 bytes of data, got 100",
+                "loyalty: does not fit its type",
+                "PointsIssued with 3 topics",
+                None,
+                None,
+            ]
             assert world.sample("quarantined_logs_total", chain="fake", reason="undecodable") == 3
             assert world.sample("quarantined_logs_total", chain="fake", reason="unknown_topic") == 2
             assert world.sample("loop_restarts_total", task="follow", error="Undecodable") == 0
@@ -155,7 +161,7 @@ async def test_the_largest_numbers_settle_and_add_up(database: Database, socket:
             assert [(row.expires_at, row.balance) for row in of_other] == [(str(MOST), str(11 * MOST))]
             # what is cut (5,000 bytes of data) is kept whole
             assert world.sample("quarantined_logs_total", chain="fake", reason="oversized") == 12
-            assert len(await world.unmatched()) == 10
+            await eventually(lambda: _told(world, 10))
 
 
 # --------------------------------------------------------------------------- one nonce, two emitters
@@ -202,8 +208,9 @@ async def test_a_nonce_said_by_two_emitters_settles_once(database: Database, soc
         assert {entry["log_level"] for entry in told} == {"warning"}
 
 
-async def _told(world: World) -> bool:
-    return bool(await world.unmatched())
+async def _told(world: World, times: int = 1) -> bool:
+    await world.touch()  # unmatched evidence is looked for in every tenth pass
+    return len(await world.unmatched()) == times
 
 
 @MODES

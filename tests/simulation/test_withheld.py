@@ -7,6 +7,7 @@ comes: the second must expire in the end, so that the first is not spared by an 
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -48,6 +49,26 @@ async def to_the_event(node: FakeNode, event: Any) -> None:
     """A programme in block 1, the event in block EVENT, HEAD blocks in all."""
     node.mine([created(1)], EVENT - 1)
     assert node.mine([event], HEAD - EVENT + 1).number == EVENT
+
+
+async def by_socket(world: World, upto: int) -> None:
+    """Mines up to a block, most of it when following by socket has begun."""
+    node = world.node
+
+    async def subscribed() -> bool:
+        return node.subscribers > 0
+
+    async def heard() -> bool:
+        mode = await world.database.pool.fetchval("SELECT mode FROM indexer.chain")
+        return node.chain.head.number == upto or bool(mode == "socket")
+
+    await eventually(subscribed)
+    while not await heard():
+        node.mine()
+        await world.caught_up()
+    if (missing := upto - node.chain.head.number) > 0:
+        node.mine(blocks=missing)
+    await world.caught_up()
 
 
 async def expired_by_mistake(world: World, *references: str) -> list[str]:
@@ -120,36 +141,34 @@ async def test_a_programme_whose_announcement_was_withheld_is_found_with_all_tha
 
 async def test_a_log_withheld_for_ever_settles_from_the_receipts(database: Database) -> None:
     async with FakeNode(options=BLOCKS_2S) as node:
-        world = World(database, node)
+        world = World(database, node, silent_seconds=30.0)
+        node.mine([created(1)])
         node.lie("eth_getLogs", without(EVENT), times=None)
         async with world.running():
-            await world.caught_up()
-            await eventually(lambda: _subscribed(node))
+            await by_socket(world, EVENT - 1)
             due = await world.register(1, deadline=second_of(node, DEADLINE))
             never = await world.register(2, deadline=second_of(node, DEADLINE))
-            await to_the_event(node, issued(1))
+            node.mine([issued(1)], HEAD - EVENT + 1)
             await world.caught_up()
             await world.tags(safe=FINALIZED, finalized=FINALIZED)
             await world.reaches(due, "ready")
             await world.reaches(never, "expired")
             assert await world.trace(due) == ["ready", "finalized"]
-            assert await world.verdicts(1, FINALIZED) == {"gate"}
+            assert await world.verdicts(EVENT, FINALIZED) == {"gate"}
             await world.intact()
 
 
 async def test_an_endpoint_without_receipts_gives_no_gate(database: Database) -> None:
     """Its bloom admits the block, its answer by hash is empty, and there are no receipts to settle it: not verified."""
     async with FakeNode(options=BLOCKS_2S) as node:
-        world = World(database, node)
+        world = World(database, node, silent_seconds=30.0)
+        node.mine([created(1)])
         node.fail("eth_getBlockReceipts", -32601, "the method eth_getBlockReceipts does not exist", times=None)
         node.lie("eth_getLogs", without(EVENT), times=None)
         async with world.running(second_look_seconds=3600.0):
-            await world.caught_up()
-            await eventually(lambda: _subscribed(node))
+            await by_socket(world, EVENT - 1)
             due = await world.register(1, deadline=second_of(node, DEADLINE))
             never = await world.register(2, deadline=second_of(node, DEADLINE))
-            node.mine([created(1)], EVENT - 1)
-            await world.caught_up()
             node.mine([issued(1)], HEAD - EVENT + 1)
             await world.caught_up()
             await world.tags(safe=FINALIZED, finalized=FINALIZED)
@@ -167,17 +186,15 @@ async def test_an_endpoint_without_receipts_gives_no_gate(database: Database) ->
 
 async def test_receipts_that_leave_the_event_out_stop_following_there(database: Database) -> None:
     async with FakeNode(options=BLOCKS_2S) as node:
-        world = World(database, node)
+        world = World(database, node, silent_seconds=30.0)
+        node.mine([created(1)])
 
         def short(_: Params, receipts: Any) -> Any:
             return [receipt | {"logs": [], "logsBloom": "0x" + "00" * 256} for receipt in receipts]
 
         async with world.running():
-            await world.caught_up()
-            await eventually(lambda: _subscribed(node))
+            await by_socket(world, EVENT - 1)
             due = await world.register(1, deadline=second_of(node, DEADLINE))
-            node.mine([created(1)], EVENT - 1)
-            await world.caught_up()
             node.lie("eth_getBlockReceipts", short, times=None)
             node.hide_logs(times=None)
             node.mine([issued(1)], HEAD - EVENT + 1)
@@ -191,10 +208,6 @@ async def test_receipts_that_leave_the_event_out_stop_following_there(database: 
             await world.reaches(due, "ready")
             assert await world.trace(due) == ["ready", "finalized"]
             await world.intact()
-
-
-async def _subscribed(node: FakeNode) -> bool:
-    return node.subscribers > 0
 
 
 async def _lied(world: World, check: str) -> bool:
@@ -272,7 +285,7 @@ async def test_a_late_registration_finds_what_happened_before_it(database: Datab
             early = await world.register(3, deadline=second_of(node, DEADLINE))
             await world.reaches(early, "expired")
             due = await world.register(1, deadline=second_of(node, DEADLINE))
-            stated = await world.register(2, deadline=second_of(node, DEADLINE), requested_at="2026-09-21T13:00:00Z")
+            stated = await world.register(2, deadline=second_of(node, DEADLINE), requested_at=datetime.fromtimestamp(node.chain.time_s, UTC).isoformat())
             await world.reaches(due, "ready")
             await world.reaches(stated, "expired")
             assert await world.trace(due) == ["ready", "finalized"]
@@ -324,14 +337,13 @@ async def test_no_block_of_the_exact_second_is_too_late(
         if scheduled:
             genesis = Hash32(node.chain.canonical[0].hash)
             monkeypatch.setitem(BASE, (84532, genesis), Schedule(node.chain.time_s, 10))  # type: ignore[index]
-        world = World(database, node)
-        node.mine([created(1)], 14)
+        world = World(database, node, silent_seconds=30.0)
+        node.mine([created(1)])
         first = 15  # of five blocks of one second
         deadline = second_of(node, first)
         assert [second_of(node, n) == deadline for n in range(first - 1, first + 6)] == [False, *[True] * 5, False]
         async with world.running():
-            await world.caught_up()
-            await eventually(lambda: _subscribed(node))
+            await by_socket(world, first - 1)
             due = [await world.register(n, deadline=deadline) for n in range(5)]
             never = await world.register(9, deadline=deadline)
             for n in range(5):

@@ -41,7 +41,7 @@ def word(number: int) -> str:
     return "0x" + number.to_bytes(32, "big").hex()
 
 
-def leg_of(nonce: int, *, n: int = 1, amount: int = 10, factory: bytes = FACTORY, **given: Any) -> dict[str, Any]:
+def leg_of(nonce: int, /, *, n: int = 1, amount: int = 10, factory: bytes = FACTORY, **given: Any) -> dict[str, Any]:
     """The leg that `issued(nonce, n, amount, factory)` settles."""
     return {
         "kind": "loyfin.issuance",
@@ -118,7 +118,9 @@ class World:
 
     # ------------------------------------------------------------------ the brand's side
 
-    async def register(self, nonce: int, *, reference: str | None = None, requested_at: str | None = None, **leg: Any) -> str:
+    async def register(
+        self, nonce: int, /, *, reference: str | None = None, requested_at: str | None = None, **leg: Any
+    ) -> str:
         """Registers what `issued(nonce, …)` settles; the reference."""
         reference = reference or f"op-{nonce}"
         request = {"brand": BRAND, "reference": reference, "legs": [leg_of(nonce, **leg)]}
