@@ -20,7 +20,7 @@ import typer
 
 from indexer import terminal
 from indexer.config import Config, ConfigProblems, json_schema, load, unused
-from indexer.store import embedded, functions, overview, queries, schema, tokens
+from indexer.store import chains, embedded, functions, overview, queries, schema, tokens
 from indexer.store.brands import IssuerMoved
 from indexer.store.connection import Connection
 from indexer.store.database import Database, DatabaseUnavailable
@@ -120,9 +120,15 @@ def migrate(
     """Bring the database's schema to this version's. Run it as the owner of the database."""
     tree = _load(config, is_embedded)
     # the owner's session, and never through a pooler: migrations lock
-    url = embedded.url_of(tree.state_dir, "indexer_owner") if is_embedded else tree.database.direct_url or tree.database.url
+    url = (
+        embedded.url_of(tree.state_dir, "indexer_owner")
+        if is_embedded
+        else tree.database.direct_url or tree.database.url
+    )
     asyncio.run(schema.migrate(url, revision))
-    terminal.answer({"schema": revision if revision != "head" else schema.head()}, as_json, lambda d: f"schema is at {d['schema']}")
+    terminal.answer(
+        {"schema": revision if revision != "head" else schema.head()}, as_json, lambda d: f"schema is at {d['schema']}"
+    )
 
 
 @app.command()
@@ -130,6 +136,40 @@ def status(config: ConfigOption = None, is_embedded: EmbeddedOption = False, as_
     """Heads, history, leases and what waits, as the database knows them."""
     seen = _on_database(config, is_embedded, overview.overview)
     terminal.answer(msgspec.to_builtins(seen, builtin_types=(msgspec.Raw,)), as_json, terminal.status_text)
+
+
+@app.command()
+def resume(
+    chain: Annotated[str, typer.Argument(help="The chain's name in the configuration.")],
+    accept_chain: Annotated[
+        bool, typer.Option("--accept-chain", help="What the endpoint shows is right: roll back to it.")
+    ] = False,
+    keep_ours: Annotated[
+        bool, typer.Option("--keep-ours", help="What is stored is right: the endpoint was wrong.")
+    ] = False,
+    config: ConfigOption = None,
+    is_embedded: EmbeddedOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Decide on a finality violation, which has stopped a chain's signals. Without a decision, shows both sides."""
+
+    async def decide(conn: Connection) -> overview.Chain:
+        found = next((c for c in (await overview.overview(conn)).chains if c.name == chain), None)
+        if found is None:
+            raise Failure(f"no chain {chain!r}; `indexer status` lists them", USAGE)
+        if bytes(found.latch) == b"null":
+            raise Failure(f"{chain} has no finality violation")
+        if accept_chain != keep_ours:
+            async with conn.transaction():
+                await chains.resume(conn, int(found.chain_id), accept_chain=accept_chain)
+        return found
+
+    seen = _plain(_on_database(config, is_embedded, decide))
+    told = {"chain": chain, "latch": seen["latch"], "decided": "accept-chain" if accept_chain else "keep-ours"}
+    if accept_chain == keep_ours:
+        terminal.answer({**told, "decided": None}, as_json, lambda d: f"{chain}: {json.dumps(d['latch'])}")
+        raise Failure("say --accept-chain or --keep-ours, one of them", USAGE)
+    terminal.answer(told, as_json, lambda d: f"{chain}: {d['decided']}; its follower begins again within half a minute")
 
 
 @app.command()
@@ -165,7 +205,9 @@ def list_operations(
 ) -> None:
     """Operations, newest registration first."""
     page = _on_database(
-        config, is_embedded, lambda conn: queries.operations(conn, brand=brand, states=status, limit=limit, cursor=cursor)
+        config,
+        is_embedded,
+        lambda conn: queries.operations(conn, brand=brand, states=status, limit=limit, cursor=cursor),
     )
     terminal.answer(_plain(page), as_json, terminal.operations_text)
 
@@ -198,7 +240,9 @@ def register_operation(
     """Register what a brand waits for. Idempotent by its reference."""
     text = sys.stdin.read() if str(file) == "-" else file.read_text()
     done = _on_database(config, is_embedded, lambda conn: functions.register_operation(conn, text))
-    terminal.answer(_plain(done), as_json, lambda d: f"{d['id']} {'registered' if d['created'] else 'was registered before'}")
+    terminal.answer(
+        _plain(done), as_json, lambda d: f"{d['id']} {'registered' if d['created'] else 'was registered before'}"
+    )
 
 
 @operations_app.command("cancel")
@@ -257,7 +301,9 @@ def resolve_operation(
 
     async def resolve(conn: Connection) -> functions.Resolved:
         name = actor or os.environ.get("USER") or f"uid {os.getuid()}"
-        return await functions.resolve(conn, await _resolve_id(conn, operation), evidence, accept is not None, reason, name)
+        return await functions.resolve(
+            conn, await _resolve_id(conn, operation), evidence, accept is not None, reason, name
+        )
 
     done = _on_database(config, is_embedded, resolve)
     terminal.answer(_plain(done), as_json, lambda d: d["outcome"])
@@ -322,7 +368,11 @@ def check_config(config: ConfigOption = None, is_embedded: EmbeddedOption = Fals
         terminal.answer({"ok": False, "problems": [vars_of(problem) for problem in error.problems]}, True, str)
         raise typer.Exit(USAGE) from None
     found = [str(warning) for warning in (*tree.warnings, *unused(tree))]
-    terminal.answer({"ok": True, "problems": [], "warnings": found}, as_json, lambda d: "\n".join([*(f"warning: {w}" for w in found), "ok"]))
+    terminal.answer(
+        {"ok": True, "problems": [], "warnings": found},
+        as_json,
+        lambda d: "\n".join([*(f"warning: {w}" for w in found), "ok"]),
+    )
 
 
 def vars_of(problem: Any) -> dict[str, str]:
@@ -368,7 +418,9 @@ def main() -> None:
         _fail(str(error), TRY_AGAIN if isinstance(error, embedded.AlreadyRunning) else FAILED)
     except asyncpg.PostgresError as error:
         refusal = _refused(error)
-        _fail(*((str(refusal), refusal.code, refusal.detail) if refusal else (f"the database refused: {error}", FAILED)))
+        _fail(
+            *((str(refusal), refusal.code, refusal.detail) if refusal else (f"the database refused: {error}", FAILED))
+        )
     except Failure as error:
         _fail(str(error), error.code, error.detail)
     except (FileNotFoundError, PermissionError, UnicodeDecodeError) as error:

@@ -129,7 +129,11 @@ async def apply_configuration(database: Database, config: Config) -> None:
         )
         await sync_webhooks(
             conn,
-            [WebhookRow(brand.name, webhook.name, webhook.events) for brand in config.brands for webhook in brand.webhooks],
+            [
+                WebhookRow(brand.name, webhook.name, webhook.events)
+                for brand in config.brands
+                for webhook in brand.webhooks
+            ],
         )
         await sync_chains(conn, [(chain.chain_id, chain.name) for chain in config.chains])
         for chain in config.chains:
@@ -152,7 +156,9 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, lambda: log.warning("SIGHUP is ignored: restart to read the configuration again"))
+    loop.add_signal_handler(
+        signal.SIGHUP, lambda: log.warning("SIGHUP is ignored: restart to read the configuration again")
+    )
     rng = random.Random()  # noqa: S311 - spreads retries, guards nothing
     metrics = Metrics()
     async with AsyncExitStack() as stack:

@@ -56,7 +56,9 @@ def _table(*columns: str) -> Table:
 def operations_text(page: dict[str, Any]) -> Table:
     table = _table("id", "brand", "reference", "status", "generation", "registered")
     for row in page["data"]:
-        table.add_row(row["id"], row["brand"], row["reference"], row["status"], str(row["generation"]), row["registeredAt"])
+        table.add_row(
+            row["id"], row["brand"], row["reference"], row["status"], str(row["generation"]), row["registeredAt"]
+        )
     if page.get("nextCursor"):
         table.caption = f"more: --cursor {page['nextCursor']}"
     return table
@@ -70,7 +72,9 @@ def operation_text(row: dict[str, Any]) -> str:
         f"  registered  {row['registeredAt']}",
     ]
     for number, leg in enumerate(row["legs"]):
-        lines.append(f"  leg {number}       {leg['kind']} {leg['amount']} of {leg.get('loyaltyId', '')} for {leg.get('holder', leg.get('walletId', ''))}")
+        lines.append(
+            f"  leg {number}       {leg['kind']} {leg['amount']} of {leg.get('loyaltyId', '')} for {leg.get('holder', leg.get('walletId', ''))}"
+        )
     for evidence in row["evidence"]:
         lines.append(
             f"  evidence    {evidence['evidenceId']}  leg {evidence['leg']}, {evidence['basis']}, {evidence['confidence']}, "
@@ -78,13 +82,17 @@ def operation_text(row: dict[str, Any]) -> str:
         )
     for conflict in row["conflicts"]:
         terms = "; ".join(f"{d['term']}: expected {d['expected']}, found {d['found']}" for d in conflict["differences"])
-        lines.append(f"  conflict    {conflict['evidenceId']}  leg {conflict['leg']}: {terms or 'several legs fit, or it came too late'}")
+        lines.append(
+            f"  conflict    {conflict['evidenceId']}  leg {conflict['leg']}: {terms or 'several legs fit, or it came too late'}"
+        )
     for waiting in row["waitingFor"]:
         lines.append(f"  waits for   {waiting['for']} of leg {waiting['leg']} ({waiting['confidence']})")
     for step in row.get("history") or []:
         lines.append(f"  {step['at']}  {step['from'] or '(registered)'} -> {step['to']}  {step['cause']}")
     for receipt in row.get("receipts") or []:
-        lines.append(f"  receipt     generation {receipt['generation']}: {receipt['outcome']} at {receipt['recordedAt']}")
+        lines.append(
+            f"  receipt     generation {receipt['generation']}: {receipt['outcome']} at {receipt['recordedAt']}"
+        )
     return "\n".join(lines)
 
 
@@ -92,7 +100,12 @@ def tokens_text(document: dict[str, Any]) -> Table:
     table = _table("id", "name", "brand", "scopes", "created", "revoked")
     for row in document["data"]:
         table.add_row(
-            row["id"], row["name"], row["brand"] or "every", " ".join(row["scopes"]), row["createdAt"], row["revokedAt"] or ""
+            row["id"],
+            row["name"],
+            row["brand"] or "every",
+            " ".join(row["scopes"]),
+            row["createdAt"],
+            row["revokedAt"] or "",
         )
     return table
 
@@ -115,7 +128,8 @@ def balances_text(document: dict[str, Any]) -> Table:
 def status_text(seen: dict[str, Any]) -> str:
     lines = [f"schema {seen['schema']}, PostgreSQL {seen['postgresql']}, stream {seen['stream']}"]
     for chain in seen["chains"]:
-        lines.append(f"chain {chain['name']} ({chain['chainId']}), {chain['mode'] or 'not followed yet'}")
+        live = "" if chain["live"] else "; NOT LIVE: signals of readiness wait"
+        lines.append(f"chain {chain['name']} ({chain['chainId']}), {chain['mode'] or 'not followed yet'}{live}")
         for level in ("head", "safe", "finalized"):
             head = chain[level]
             if head:
@@ -123,13 +137,17 @@ def status_text(seen: dict[str, Any]) -> str:
                 lines.append(f"  {level:<10}{head['number']}{lag}")
         history = chain["history"]
         ratio = "" if history["ratio"] is None else f" ({history['ratio']:.1%})"
-        lines.append(f"  history   {'complete' if history['complete'] else 'incomplete'}{ratio}, {history['emitters']} emitters")
+        lines.append(
+            f"  history   {'complete' if history['complete'] else 'incomplete'}{ratio}, {history['emitters']} emitters"
+        )
         if chain["latch"] is not None and bytes(chain["latch"]) != b"null":
             lines.append(f"  FINALITY VIOLATION: no signals for this chain. {bytes(chain['latch']).decode()}")
     for unsent in seen["unsent"]:
         lines.append(f"brand {unsent['brand']}: oldest unsent signal {unsent['seconds']:.0f} s old")
     for lease in seen["leases"]:
-        lines.append(f"task {lease['task']:<18}{'held by ' + str(lease['holder']) if lease['held'] else 'free'} (epoch {lease['epoch']})")
+        lines.append(
+            f"task {lease['task']:<18}{'held by ' + str(lease['holder']) if lease['held'] else 'free'} (epoch {lease['epoch']})"
+        )
     return "\n".join(lines)
 
 
@@ -150,14 +168,24 @@ class BackfillProgress:
         if self._bars is not None:
             if chain not in self._tasks:
                 self._tasks[chain] = self._bars.add_task(chain, total=total, rate="", events=0)
-            self._bars.update(self._tasks[chain], completed=done, total=total, rate=f"{rate:,.0f} blocks/s", events=events)
+            self._bars.update(
+                self._tasks[chain], completed=done, total=total, rate=f"{rate:,.0f} blocks/s", events=events
+            )
             if done >= total:
                 self._bars.remove_task(self._tasks.pop(chain))
                 self._begun.pop(chain)
         elif done >= total or now - self._told.get(chain, 0.0) >= LOG_SECONDS:
             self._told[chain] = now
             left = round((total - done) / rate) if rate else None
-            log.info("history", chain=chain, blocks=done, of=total, events=events, blocks_per_second=round(rate), seconds_left=left)
+            log.info(
+                "history",
+                chain=chain,
+                blocks=done,
+                of=total,
+                events=events,
+                blocks_per_second=round(rate),
+                seconds_left=left,
+            )
             if done >= total:
                 self._begun.pop(chain)
 

@@ -15,6 +15,7 @@ from uuid import UUID
 
 import asyncpg
 import msgspec
+
 from indexer.settlement.loop import tell_unmatched
 from indexer.settlement.reconciler import BrandRules, reconcile
 
@@ -60,8 +61,8 @@ class World:
 
     async def found(self) -> None:
         await self.conn.execute(
-            "INSERT INTO indexer.chain (chain_id, name, head_number, head_time_ms, safe_number, finalized_number, finalized_time_ms)"
-            " VALUES ($1, 'sandbox', 0, $2, 0, 0, $2)",
+            "INSERT INTO indexer.chain (chain_id, name, head_number, head_time_ms, head_at, safe_number, finalized_number, finalized_time_ms)"
+            " VALUES ($1, 'sandbox', 0, $2, clock_timestamp() + interval '1 hour', 0, 0, $2)",
             CHAIN,
             BASE_MS,
         )
@@ -108,11 +109,22 @@ class World:
         return await self.conn.fetchval("SELECT loyalty.cancel($1)", operation)
 
     async def decide(self, operation: UUID, evidence: UUID | str, accept: bool) -> None:
-        await self.conn.fetchval("SELECT loyalty.resolve($1, $2, $3, 'looked into it', 'anna')", operation, UUID(str(evidence)), accept)
+        await self.conn.fetchval(
+            "SELECT loyalty.resolve($1, $2, $3, 'looked into it', 'anna')", operation, UUID(str(evidence)), accept
+        )
 
     # ------------------------------------------------------------------ the chain's side
 
-    async def event(self, block: int, leg: dict[str, Any], *, fork: str = "a", index: int = 0, canonical: bool = True, **changed: Any) -> None:
+    async def event(
+        self,
+        block: int,
+        leg: dict[str, Any],
+        *,
+        fork: str = "a",
+        index: int = 0,
+        canonical: bool = True,
+        **changed: Any,
+    ) -> None:
         """The event that a leg's action would leave in a block, with terms changed at will."""
         terms = leg | changed
         nonce = terms.get("nonce") or hexa(self.nonce())
@@ -132,12 +144,18 @@ class World:
         await self.touch_blocks(block, block)
 
     async def orphan(self, above: int) -> None:
-        await self.conn.execute("UPDATE indexer.movement SET canonical = false WHERE chain_id = $1 AND block_number > $2", CHAIN, above)
-        await self.conn.execute("UPDATE indexer.chain SET safe_number = least(safe_number, $2) WHERE chain_id = $1", CHAIN, above)
+        await self.conn.execute(
+            "UPDATE indexer.movement SET canonical = false WHERE chain_id = $1 AND block_number > $2", CHAIN, above
+        )
+        await self.conn.execute(
+            "UPDATE indexer.chain SET safe_number = least(safe_number, $2) WHERE chain_id = $1", CHAIN, above
+        )
         await self.touch_blocks(above + 1, above + 10_000)
 
     async def touch_blocks(self, low: int, high: int) -> None:
-        await self.conn.execute("INSERT INTO indexer.touched_blocks (chain_id, from_block, to_block) VALUES ($1, $2, $3)", CHAIN, low, high)
+        await self.conn.execute(
+            "INSERT INTO indexer.touched_blocks (chain_id, from_block, to_block) VALUES ($1, $2, $3)", CHAIN, low, high
+        )
 
     async def heads(self, head: int | None = None, safe: int | None = None, finalized: int | None = None) -> None:
         """Moves the heads and stores a header at each, so that finalized history has times."""
@@ -197,11 +215,15 @@ class World:
         return str((await self.operation(operation))["state"])
 
     async def walked(self, operation: UUID) -> list[str]:
-        rows = await self.conn.fetch("SELECT to_state FROM indexer.history WHERE operation_id = $1 ORDER BY id", operation)
+        rows = await self.conn.fetch(
+            "SELECT to_state FROM indexer.history WHERE operation_id = $1 ORDER BY id", operation
+        )
         return [row["to_state"] for row in rows]
 
     async def trace(self, operation: UUID) -> list[str]:
-        rows = await self.conn.fetch("SELECT type FROM indexer.outbox WHERE aggregateid = $1 ORDER BY position", operation)
+        rows = await self.conn.fetch(
+            "SELECT type FROM indexer.outbox WHERE aggregateid = $1 ORDER BY position", operation
+        )
         return [row["type"].removeprefix("operation.") for row in rows]
 
     async def conflicting(self, operation: UUID) -> str:

@@ -50,9 +50,7 @@ class ChainRuntime:
             if outcome != "ok":
                 metrics.rpc_errors.labels(name, outcome).inc()
 
-        async with Rpc(
-            endpoint.url, requests_per_second=endpoint.requests_per_second, rng=rng, observe=observe
-        ) as rpc:
+        async with Rpc(endpoint.url, requests_per_second=endpoint.requests_per_second, rng=rng, observe=observe) as rpc:
             yield cls(chain, rpc, metrics, wakeups, progress)
 
     async def follow(self, lease: Lease) -> None:

@@ -95,7 +95,9 @@ def unused(config: Config) -> list[Problem]:
     found: list[Problem] = []
     for c, chain in enumerate(config.chains):
         if len(chain.rpc) > 1 or chain.witnesses is not None:
-            found.append(Problem(f"chains[{c}].rpc", "this version asks the first endpoint alone: none other witnesses yet"))
+            found.append(
+                Problem(f"chains[{c}].rpc", "this version asks the first endpoint alone: none other witnesses yet")
+            )
     for b, brand in enumerate(config.brands):
         for name in ("loyfin", "keyban", "qiibee"):
             if getattr(brand, name) is not None:

@@ -36,6 +36,7 @@ class Heads:
     finalized_number: int = -1
     finalized_time_ms: int = 0
     latched: bool = False
+    live: bool = True  # a follower has linked a new head not long ago: what is stored has not been undone unseen
 
     def least(self, other: Heads) -> Heads:
         """What two looks at one chain agree on: all that may be said of facts that were read between them."""
@@ -47,6 +48,7 @@ class Heads:
             min(self.finalized_number, other.finalized_number),
             min(self.finalized_time_ms, other.finalized_time_ms),
             self.latched or other.latched,
+            self.live and other.live,
         )
 
 

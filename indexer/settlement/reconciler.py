@@ -25,6 +25,7 @@ from indexer.store.operations import Changes, HistoryRow, Neighbourhood, Operati
 from indexer.store.signals import append
 
 RETRY_MS = 3_000  # a deadline has passed, and its coverage is not there yet
+LIVE_RETRY_MS = 500  # a chain's follower has not linked a head yet
 LATCH_RETRY_MS = 30_000  # a chain is latched: its operations wait for a person
 
 
@@ -240,6 +241,12 @@ class _Desk:
             same_evidence=identities == standing,
             gone_for_good=bool(lost) and gone,
         )
+        if not all(self.heads[m.chain_id].live for m in evidence):
+            # nobody has looked whether these blocks still stand: a `ready` can wait, a false one cannot be unsaid
+            kept = _before_promise(operation.state, path)
+            if len(kept) < len(path):
+                alarms.append(Alarm(0, "clock_ms", self.done.now_ms + LIVE_RETRY_MS))
+            path = kept
         for position, state in enumerate(path):
             before, operation.state = operation.state, state
             self.changes.moved.add(operation.id)
@@ -473,3 +480,11 @@ def _conflict_json(leg: Leg, conflict: Conflict) -> dict[str, Any]:
         ],
         "ambiguous": not conflict.differences,
     }
+
+
+def _before_promise(state: State, path: list[State]) -> list[State]:
+    """The part of the path before the first step that sends `ready` or `restored`."""
+    for position, (here, there) in enumerate(zip([state, *path], path, strict=False)):
+        if there is State.READY or (here, there) == (State.REVERTED, State.FULFILLED):
+            return path[:position]
+    return path

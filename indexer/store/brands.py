@@ -48,7 +48,9 @@ async def sync_brands(conn: Connection, brands: Sequence[ConfiguredBrand]) -> No
         [brand.name for brand in brands],
         [brand.unmatched_since for brand in brands],
     )
-    await conn.execute("UPDATE indexer.brand SET active = false WHERE name <> ALL ($1::text[])", [brand.name for brand in brands])
+    await conn.execute(
+        "UPDATE indexer.brand SET active = false WHERE name <> ALL ($1::text[])", [brand.name for brand in brands]
+    )
     wanted: Mapping[Address, str] = {issuer: brand.name for brand in brands for issuer in brand.issuers}
     moved = await conn.fetchrow(
         """

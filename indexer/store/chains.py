@@ -335,7 +335,7 @@ async def set_latch(conn: asyncpg.Connection, chain_id: int, latch: Mapping[str,
     await conn.execute("NOTIFY indexer_heads")
 
 
-async def resume(conn: asyncpg.Connection, chain_id: int, *, accept_chain: bool) -> bool:
+async def resume(conn: Connection, chain_id: int, *, accept_chain: bool) -> bool:
     """A person's decision on a finality violation; True if there was one.
 
     Ours is kept: following tries again, and latches again while the node disagrees. The chain's is accepted: nothing counts

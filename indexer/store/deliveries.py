@@ -142,13 +142,16 @@ async def begin(conn: asyncpg.Connection, rooms: Sequence[Room]) -> Turn:
               ELSE 'begin' END AS verdict, CASE
               WHEN busy_until IS NOT NULL THEN busy_until
               WHEN next_at > now() THEN next_at
-              WHEN latched THEN now() + interval '5 seconds'
+              WHEN latched THEN now() + interval '1 second'
               ELSE now() + make_interval(secs => h.allowance) END AS until
             FROM head h
            CROSS JOIN LATERAL (
              SELECT EXISTS (
+               -- a `ready` that was made before a restart waits until somebody has looked whether its blocks still stand
                SELECT FROM indexer.leg l JOIN indexer.chain c ON c.chain_id = l.chain_id
-                WHERE l.operation_id = h.aggregateid AND c.latch IS NOT NULL) AS latched) chain
+                WHERE l.operation_id = h.aggregateid
+                  AND (c.latch IS NOT NULL
+                       OR h.type IN ('operation.ready', 'operation.restored') AND NOT indexer.is_live(c))) AS latched) chain
         ), closed AS (
           UPDATE indexer.delivery d SET state = j.verdict, ended_at = now()
             FROM judged j

@@ -181,7 +181,8 @@ async def commit_step(
     await chains.store_headers(conn, chain_id, headers)
     await conn.execute(
         """
-        UPDATE indexer.chain SET head_number = $2, head_hash = $3, head_time_ms = $4, head_at = clock_timestamp(), mode = $5
+        UPDATE indexer.chain SET head_number = $2, head_hash = $3, head_time_ms = $4, head_at = clock_timestamp(), mode = $5,
+            linked_epoch = (SELECT epoch FROM indexer.lease WHERE task = 'follow:' || $1::bigint)
         WHERE chain_id = $1
         """,
         chain_id,

@@ -95,8 +95,9 @@ async def now_ms(conn: Connection) -> int:
 async def heads(conn: Connection) -> dict[int, Heads]:
     rows = await conn.fetch(
         """
-        SELECT chain_id, head_number, head_time_ms, safe_number, finalized_number, finalized_time_ms, latch IS NOT NULL AS latched
-        FROM indexer.chain
+        SELECT c.chain_id, c.head_number, c.head_time_ms, c.safe_number, c.finalized_number, c.finalized_time_ms,
+               c.latch IS NOT NULL AS latched, indexer.is_live(c) AS live
+        FROM indexer.chain c
         """
     )
     return {
@@ -108,6 +109,7 @@ async def heads(conn: Connection) -> dict[int, Heads]:
             _or(row["finalized_number"], -1),
             _or(row["finalized_time_ms"], 0),
             row["latched"],
+            row["live"],
         )
         for row in rows
     }

@@ -47,6 +47,7 @@ class Chain(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     head: Head | None
     safe: Head | None
     finalized: Head | None
+    live: bool  # False: no follower has linked a head lately, and no signal of readiness leaves for this chain
     latch: msgspec.Raw
     history: History
 
@@ -135,7 +136,7 @@ async def overview(conn: Connection, brand: str | None = None) -> Overview:
         assert row is not None
         chains = await conn.fetch(
             """
-            SELECT chain_id, name, active, mode, latch::text AS latch, history_complete,
+            SELECT chain_id, name, active, mode, latch::text AS latch, history_complete, indexer.is_live(chain) AS live,
                    head_number, head_hash, head_time_ms, head_at, safe_number, safe_hash, safe_time_ms, safe_at,
                    finalized_number, finalized_hash, finalized_time_ms, finalized_at,
                    extract(epoch FROM clock_timestamp()) * 1000 AS now_ms
@@ -171,6 +172,7 @@ def _chain(row: Any, history: Any) -> Chain:
         head=_head(row, "head"),
         safe=_head(row, "safe"),
         finalized=_head(row, "finalized"),
+        live=row["live"],
         latch=msgspec.Raw((row["latch"] or "null").encode()),
         history=History(
             complete=row["history_complete"],

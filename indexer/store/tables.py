@@ -129,6 +129,8 @@ chain = Table(
     Column("finalized_time_ms", BigInteger),
     Column("finalized_at", Time),
     Column("mode", Text),  # 'socket' | 'polling'
+    # epoch of the follower's lease that last linked a head to what is stored: facts of an epoch before may be undone unseen
+    Column("linked_epoch", BigInteger),
     Column("schedule", JSONB),  # {"l2_time": s, "first_fast_block": n} where blocks follow Base's schedule
     Column("latch", JSONB),  # a finality violation, both sides; no signals while it is set
     Column("unmatched_cursor", BigInteger),  # evidence up to this block was looked at for settlement.unmatched
@@ -285,7 +287,14 @@ operation = Table(
     Column("finalized_generation", Integer, nullable=False, server_default=text("0")),
     UniqueConstraint("brand", "reference"),
     Index("operation_state_idx", "brand", "state", "registered_at"),
-    Index("operation_open_idx", "state", "registered_at", postgresql_where=text("state IN ('pending','submitted','confirming','incomplete','ready','reverted','conflict')")),
+    Index(
+        "operation_open_idx",
+        "state",
+        "registered_at",
+        postgresql_where=text(
+            "state IN ('pending','submitted','confirming','incomplete','ready','reverted','conflict')"
+        ),
+    ),
     # what was ready once and is not settled now: exposures
     Index(
         "operation_undone_idx",
@@ -320,7 +329,11 @@ leg = Table(
     PrimaryKeyConstraint("operation_id", "leg"),
     Index(
         "leg_nonce_idx",
-        "chain_id", "factory", "kind", "issuer", "nonce",
+        "chain_id",
+        "factory",
+        "kind",
+        "issuer",
+        "nonce",
         unique=True,
         postgresql_where=text("nonce IS NOT NULL AND NOT released"),
     ),
@@ -481,6 +494,8 @@ delivery = Table(
     Column("error", Text),
     PrimaryKeyConstraint("brand", "webhook", "signal_id"),
     Index("delivery_due_idx", "brand", "webhook", "next_at", postgresql_where=text("state = 'pending'")),
-    Index("delivery_order_idx", "brand", "webhook", "aggregateid", "sequence", postgresql_where=text("state = 'pending'")),
+    Index(
+        "delivery_order_idx", "brand", "webhook", "aggregateid", "sequence", postgresql_where=text("state = 'pending'")
+    ),
     Index("delivery_signal_idx", "signal_id"),
 )

@@ -110,6 +110,7 @@ def create_tables() -> None:
     sa.Column('finalized_time_ms', sa.BigInteger(), nullable=True),
     sa.Column('finalized_at', postgresql.TIMESTAMP(timezone=True), nullable=True),
     sa.Column('mode', sa.Text(), nullable=True),
+    sa.Column('linked_epoch', sa.BigInteger(), nullable=True),
     sa.Column('schedule', postgresql.JSONB(), nullable=True),
     sa.Column('latch', postgresql.JSONB(), nullable=True),
     sa.Column('unmatched_cursor', sa.BigInteger(), nullable=True),

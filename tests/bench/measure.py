@@ -45,6 +45,12 @@ def tree_cpu(pid: int) -> float:
     return total
 
 
+def machine_cpu() -> float:
+    """Seconds that all processors of the machine have worked so far, for whomever."""
+    spent = psutil.cpu_times()
+    return float(spent.user + spent.nice + spent.system + spent.irq + spent.softirq)
+
+
 @dataclass(frozen=True, slots=True)
 class Server:
     url: str

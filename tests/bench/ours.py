@@ -112,7 +112,14 @@ async def run(task: Task) -> dict[str, float]:
         )
     if gaps or events != task.shape.events:
         raise SystemExit(f"not the whole history: {events} of {task.shape.events} events, gaps {gaps}")
-    return {"events": events, "seconds": seconds, "cpu": cpu, "peak_mb": own_peak_mb(), "idle_mb": before_mb}
+    return {
+        "events": events,
+        "seconds": seconds,
+        "cpu": cpu,
+        "whole_cpu": own_cpu(),
+        "peak_mb": own_peak_mb(),
+        "idle_mb": before_mb,
+    }
 
 
 if __name__ == "__main__":

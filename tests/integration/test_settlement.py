@@ -7,11 +7,12 @@ from uuid import UUID, uuid5
 
 import asyncpg
 import pytest
+
 from indexer.model.confidence import Level, Policy
 from indexer.model.matching import WalletRules
 from indexer.model.operation import NAMESPACE_OPERATION
 from indexer.settlement.reconciler import BrandRules
-from tests.world import BASE_MS, BRAND, ISSUER, World, digest, hexa, problem
+from tests.world import BASE_MS, BRAND, CHAIN, ISSUER, World, digest, hexa, problem
 
 INCLUDED = {BRAND: BrandRules((Policy(Level.INCLUDED),))}
 
@@ -73,7 +74,10 @@ async def test_the_policy_decides_how_deep(owner_dsn: str, policy: Policy, head:
 async def test_the_first_policy_that_applies_counts(owner_dsn: str) -> None:
     rules = BrandRules((Policy(Level.INCLUDED, max_amount=100), Policy(Level.FINALIZED)))
     async with World.at(owner_dsn, {BRAND: rules}) as world:
-        small, large = world.leg(nonce=hexa(world.nonce()), amount="100"), world.leg(nonce=hexa(world.nonce()), amount="101")
+        small, large = (
+            world.leg(nonce=hexa(world.nonce()), amount="100"),
+            world.leg(nonce=hexa(world.nonce()), amount="101"),
+        )
         operations = [await world.register(small), await world.register(large)]
         await world.event(5, small)
         await world.event(6, large)
@@ -82,7 +86,9 @@ async def test_the_first_policy_that_applies_counts(owner_dsn: str) -> None:
         assert [await world.state(operation) for operation in operations] == ["ready", "confirming"]
 
 
-async def test_reverted_follows_ready_when_its_block_is_orphaned_and_ready_returns_with_the_next_generation(owner_dsn: str) -> None:
+async def test_reverted_follows_ready_when_its_block_is_orphaned_and_ready_returns_with_the_next_generation(
+    owner_dsn: str,
+) -> None:
     async with World.at(owner_dsn, INCLUDED) as world:
         leg = world.leg(nonce=hexa(world.nonce()))
         operation = await world.register(leg)
@@ -96,7 +102,9 @@ async def test_reverted_follows_ready_when_its_block_is_orphaned_and_ready_retur
         assert await world.settle() == ["operation.ready"]
         row = await world.operation(operation)
         assert (row["state"], row["generation"]) == ("ready", 2)
-        signals = await world.conn.fetch("SELECT id, type, supersedes, superseded_by, generation FROM indexer.outbox ORDER BY position")
+        signals = await world.conn.fetch(
+            "SELECT id, type, supersedes, superseded_by, generation FROM indexer.outbox ORDER BY position"
+        )
         ready, reverted, again = signals
         assert reverted["supersedes"] == ready["id"] and ready["superseded_by"] == reverted["id"]
         assert again["superseded_by"] is None and [s["generation"] for s in signals] == [1, 1, 2]
@@ -266,7 +274,11 @@ async def test_a_foreign_issuer_with_a_copied_hash_and_nonce_touches_nothing(own
         by_nonce = await world.register(world.leg(nonce=nonce))
         by_hash = await world.register(world.leg(operationHash=operation_hash))
         for changed in ({"issuer": hexa(b"\x66" * 20)}, {"factory": hexa(b"\x67" * 20)}, {"kind": "loyfin.issuance"}):
-            await world.event(100 + len(changed["issuer"]) if "issuer" in changed else 300, world.leg(nonce=nonce, operationHash=operation_hash), **changed)
+            await world.event(
+                100 + len(changed["issuer"]) if "issuer" in changed else 300,
+                world.leg(nonce=nonce, operationHash=operation_hash),
+                **changed,
+            )
         await world.settle()
         assert [await world.state(by_nonce), await world.state(by_hash)] == ["pending", "pending"]
 
@@ -274,7 +286,10 @@ async def test_a_foreign_issuer_with_a_copied_hash_and_nonce_touches_nothing(own
 async def test_a_retry_has_the_same_hash_and_a_new_nonce(owner_dsn: str) -> None:
     async with World.at(owner_dsn, INCLUDED) as world:
         shared = hexa(digest("h"))
-        first, retry = world.leg(nonce=hexa(world.nonce()), operationHash=shared), world.leg(nonce=hexa(world.nonce()), operationHash=shared)
+        first, retry = (
+            world.leg(nonce=hexa(world.nonce()), operationHash=shared),
+            world.leg(nonce=hexa(world.nonce()), operationHash=shared),
+        )
         operations = [await world.register(first), await world.register(retry)]
         await world.event(100, retry)
         await world.settle()
@@ -390,11 +405,13 @@ async def test_registration_refuses_what_cannot_identify_and_what_is_not_the_bra
 async def test_registration_is_idempotent_after_normalising_and_refuses_a_different_one(world: World) -> None:
     nonce = world.nonce()
     first = await world.register(world.leg(nonce=hexa(nonce)), reference="r")
-    again = await world.register(world.leg(nonce="0x" + nonce.hex().upper(), chainId=84532, deadline="0"), reference="r")
+    again = await world.register(
+        world.leg(nonce="0x" + nonce.hex().upper(), chainId=84532, deadline="0"), reference="r"
+    )
     assert first == again
     with pytest.raises(asyncpg.PostgresError) as refused:
         await world.register(world.leg(nonce=hexa(nonce), amount="251"), reference="r")
-    assert problem(refused.value) [0] == "LY409" and problem(refused.value)[1]["differs"] == ["legs"]
+    assert problem(refused.value)[0] == "LY409" and problem(refused.value)[1]["differs"] == ["legs"]
 
 
 async def test_absurd_numbers_are_kept_exactly(owner_dsn: str) -> None:
@@ -465,7 +482,10 @@ async def test_a_deadline_beyond_2_to_the_40_never_expires(world: World) -> None
 
 async def test_evidence_after_expiry_or_cancelling_is_a_conflict_until_decided(owner_dsn: str) -> None:
     async with World.at(owner_dsn, INCLUDED) as world:
-        late, cancelled = world.leg(nonce=hexa(world.nonce()), deadline=deadline(100)), world.leg(nonce=hexa(world.nonce()))
+        late, cancelled = (
+            world.leg(nonce=hexa(world.nonce()), deadline=deadline(100)),
+            world.leg(nonce=hexa(world.nonce())),
+        )
         operations = [await world.register(late), await world.register(cancelled)]
         await world.cancel(operations[1])
         await world.heads(head=1000, safe=900, finalized=200)
@@ -494,9 +514,14 @@ async def test_a_nonce_given_free_by_expiry_may_be_stated_again(owner_dsn: str) 
         assert [await world.state(first), await world.state(second)] == ["cancelled", "ready"]
 
 
-async def test_incomplete_when_one_leg_settled_and_the_other_expired_and_ready_if_it_settles_after_all(owner_dsn: str) -> None:
+async def test_incomplete_when_one_leg_settled_and_the_other_expired_and_ready_if_it_settles_after_all(
+    owner_dsn: str,
+) -> None:
     async with World.at(owner_dsn, INCLUDED) as world:
-        first, second = world.leg(nonce=hexa(world.nonce())), world.leg(nonce=hexa(world.nonce()), deadline=deadline(100))
+        first, second = (
+            world.leg(nonce=hexa(world.nonce())),
+            world.leg(nonce=hexa(world.nonce()), deadline=deadline(100)),
+        )
         operation = await world.register(first, second)
         await world.event(50, first)
         await world.heads(head=1000, safe=900, finalized=200)
@@ -569,6 +594,41 @@ async def test_a_latched_chain_signals_nothing(owner_dsn: str) -> None:
         await world.conn.execute("""UPDATE indexer.chain SET latch = '{"why": "test"}'""")
         assert await world.settle() == []
         assert await world.state(operation) == "pending"
+
+
+async def test_nothing_is_promised_before_the_follower_has_linked_a_head(owner_dsn: str) -> None:
+    """Promise 1 after a restart: blocks that were stored may have been undone while nobody looked."""
+    async with World.at(owner_dsn, INCLUDED) as world:
+        leg = world.leg(nonce=hexa(world.nonce()))
+        operation = await world.register(leg)
+        await world.event(100, leg)
+        lease = "INSERT INTO indexer.lease (task, epoch, until) VALUES ($1, 2, clock_timestamp() + interval '1 hour')"
+        await world.conn.execute(lease, f"follow:{CHAIN}")
+        await world.conn.execute("UPDATE indexer.chain SET linked_epoch = 1")
+        assert await world.settle() == []
+        await world.conn.execute(
+            "UPDATE indexer.chain SET linked_epoch = 2, head_at = clock_timestamp() - interval '1 minute'"
+        )
+        await world.conn.execute("INSERT INTO indexer.touched_operation (operation_id) VALUES ($1)", operation)
+        assert await world.settle() == []
+        await world.conn.execute("UPDATE indexer.chain SET head_at = clock_timestamp()")
+        await world.conn.execute("INSERT INTO indexer.touched_operation (operation_id) VALUES ($1)", operation)
+        assert await world.settle() == ["operation.ready"]
+
+
+async def test_reverted_does_not_wait_for_a_live_follower(owner_dsn: str) -> None:
+    async with World.at(owner_dsn, INCLUDED) as world:
+        leg = world.leg(operationHash=hexa(digest("h")))
+        operation = await world.register(leg)
+        await world.event(100, leg)
+        await world.settle()
+        await world.orphan(99)
+        await world.event(101, leg, fork="b")  # another signed action, under the same hash
+        await world.conn.execute("UPDATE indexer.chain SET head_at = NULL")
+        assert await world.settle() == ["operation.reverted"]
+        await world.conn.execute("UPDATE indexer.chain SET head_at = clock_timestamp()")
+        await world.conn.execute("INSERT INTO indexer.touched_operation (operation_id) VALUES ($1)", operation)
+        assert await world.settle() == ["operation.ready"]
 
 
 async def test_an_open_transaction_of_a_brand_holds_up_nobody_else(owner_dsn: str) -> None:

@@ -627,10 +627,19 @@ async def test_a_hint_never_blocks_and_a_late_one_is_dropped(house: House) -> No
     assert house.receiver.types("/books") == ["operation.ready"]  # hints go where they are named
 
 
-async def test_nothing_is_sent_of_a_chain_whose_finality_is_in_doubt(house: House) -> None:
+@pytest.mark.parametrize(
+    ("doubt", "settled"),
+    [
+        ("""latch = '{"ours": 1}', head_at = now() + interval '1 hour'""", "latch = NULL"),
+        ("head_at = now() - interval '1 minute'", "head_at = now() + interval '1 hour'"),
+    ],
+    ids=["finality violated", "no follower has looked"],
+)
+async def test_no_ready_is_sent_of_a_chain_in_doubt(house: House, doubt: str, settled: str) -> None:
     held, free = uuid4(), uuid4()
     pool = house.database.pool
-    await pool.execute("""INSERT INTO indexer.chain (chain_id, name, latch) VALUES (8453, 'base', '{"ours": 1}')""")
+    await pool.execute("INSERT INTO indexer.chain (chain_id, name) VALUES (8453, 'base')")
+    await pool.execute(f"UPDATE indexer.chain SET {doubt}")
     await pool.execute(
         "INSERT INTO indexer.operation (id, brand, reference, request, requested_at, requested_at_stated)"
         " VALUES ($1, 'bloom', 'r', '{}', now(), false)",
@@ -646,7 +655,7 @@ async def test_nothing_is_sent_of_a_chain_whose_finality_is_in_doubt(house: Hous
         await house.send(stopped, sent)
         await house.settled(sent)
         assert (await house.states())[stopped.id] == "pending"
-        await pool.execute("UPDATE indexer.chain SET latch = NULL")
+        await pool.execute(f"UPDATE indexer.chain SET {settled}")
         await house.settled(stopped)
     assert [request.id for request in house.receiver.requests] == [sent.id, stopped.id]
 

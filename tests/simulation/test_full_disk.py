@@ -79,7 +79,9 @@ async def test_a_loop_that_cannot_write_says_so_and_loses_nothing(
                     # the process stands, and so do the loops that have nothing to write there
                     assert world.supervisor is not None
                     restarted = {name for name, state in world.supervisor.tasks.items() if state.restarts}
-                    assert restarted - ({"history"} if task == "follow" else set()) == {task}  # history stores facts too
+                    assert restarted - ({"history"} if task == "follow" else set()) == {
+                        task
+                    }  # history stores facts too
                 for reference in references:
                     await world.reaches(reference, "ready")
             await world.intact()

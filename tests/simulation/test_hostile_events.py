@@ -81,7 +81,9 @@ async def test_events_that_do_not_fit_their_abi_are_counted_and_kept_whole(datab
             await world.reaches(beside, "ready")
             await world.intact()
             assert await world.state(waiting) == "pending"
-            rows = await database.pool.fetch("SELECT topics, data, reason, error FROM indexer.raw_log ORDER BY log_index")
+            rows = await database.pool.fetch(
+                "SELECT topics, data, reason, error FROM indexer.raw_log ORDER BY log_index"
+            )
             assert [(list(row["topics"]), row["data"]) for row in rows] == [(topics, data) for _, topics, data in odd]
             assert [row["reason"] for row in rows] == ["undecodable"] * 3 + ["unknown_topic"] * 2
             assert [row["error"] for row in rows] == [
@@ -115,7 +117,15 @@ def moved(event: str, nonce: int, *, bucket: int, amount: int, data: bytes = b""
     """PointsIssued or PointsRedeemed of programme 1 with every number as given."""
     topic = keccak(event.encode() + b"(address,address,bytes32,address,address,uint256,uint256,bytes32,bytes32,bytes)")
     types = ["address", "address", "uint256", "uint256", "bytes32", "bytes32", "bytes"]
-    values = ["0x" + token_of(1).hex(), "0x" + HOLDER.hex(), bucket, amount, nonce.to_bytes(32, "big"), b"\xff" * 32, data]
+    values = [
+        "0x" + token_of(1).hex(),
+        "0x" + HOLDER.hex(),
+        bucket,
+        amount,
+        nonce.to_bytes(32, "big"),
+        b"\xff" * 32,
+        data,
+    ]
     return FACTORY, [topic, address_word(FACTORY), address_word(ISSUER), loyalty_id(1)], encode(types, values)
 
 
@@ -145,7 +155,9 @@ async def test_the_largest_numbers_settle_and_add_up(database: Database, socket:
             await world.reaches(exact, "ready")
             await world.reaches(differs, "conflict")
             await world.intact()
-            conflict = await database.pool.fetchval("SELECT conflicts FROM loyalty.operations WHERE reference = 'differs'")
+            conflict = await database.pool.fetchval(
+                "SELECT conflicts FROM loyalty.operations WHERE reference = 'differs'"
+            )
             assert conflict[0]["differences"] == [{"term": "amount", "expected": "1", "found": str(MOST)}]
             payload = await database.pool.fetchval("SELECT payload FROM loyalty.signals WHERE type = 'operation.ready'")
             assert payload["data"]["operation"]["legs"][0]["amount"] == str(MOST)
@@ -194,7 +206,9 @@ async def test_a_nonce_said_by_two_emitters_settles_once(database: Database, soc
                     await world.looked()
                 assert await world.unmatched() == [own]
                 # another operation that states the same nonce is refused, and one by wallet and amount finds nothing left
-                spare = await world.register(7, reference="spare", nonce=None, operationHash=None, match="wallet_amount", amount=11)
+                spare = await world.register(
+                    7, reference="spare", nonce=None, operationHash=None, match="wallet_amount", amount=11
+                )
                 await world.looked()
                 assert (await world.state(once), await world.state(spare)) == ("ready", "pending")
                 assert await world.trace(once) == ["ready"]

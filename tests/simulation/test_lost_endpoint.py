@@ -32,7 +32,7 @@ def half_a_json(node: FakeNode) -> None:
 SICK = pytest.mark.parametrize(
     ("sicken", "error", "words"),
     [
-        (html(502), "not_json", "502 Bad Gateway"),
+        (html(502), "unavailable", "502 Bad Gateway"),
         (html(200), "not_json", "in place of JSON"),
         (half_a_json, "not_json", "half a JSON"),
     ],
@@ -102,7 +102,9 @@ async def test_an_endpoint_that_comes_back_as_another_chain(database: Database, 
             other.safe = other.finalized = 7
             await eventually(lambda: _counted(world, "unreachable"))
             await node.start()
-            said = await world.problem("follow", "WrongChain", "'fake' is configured with chain_id 84532", "serves chain 1")
+            said = await world.problem(
+                "follow", "WrongChain", "'fake' is configured with chain_id 84532", "serves chain 1"
+            )
             assert "correct chain_id or the rpc url" in said
             assert await database.pool.fetchval("SELECT count(*) FROM indexer.movement") == 0
             await node.stop()
@@ -121,4 +123,6 @@ async def _counted(world: World, error: str) -> bool:
 
 
 async def _told(logs: list[dict[str, object]]) -> bool:
-    return any(entry["event"] in ("asking again", "history waits") and entry["log_level"] == "warning" for entry in logs)
+    return any(
+        entry["event"] in ("asking again", "history waits") and entry["log_level"] == "warning" for entry in logs
+    )

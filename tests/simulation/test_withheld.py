@@ -120,7 +120,9 @@ async def test_a_log_withheld_until_just_before_the_second_look_causes_no_expiry
             await world.intact()
 
 
-async def test_a_programme_whose_announcement_was_withheld_is_found_with_all_that_its_token_said(database: Database) -> None:
+async def test_a_programme_whose_announcement_was_withheld_is_found_with_all_that_its_token_said(
+    database: Database,
+) -> None:
     """The token is in no filter before its announcement is known: its events are read for the first time afterwards."""
     async with FakeNode(options=BLOCKS_2S) as node:
         world = World(database, node, socket=False)
@@ -285,7 +287,11 @@ async def test_a_late_registration_finds_what_happened_before_it(database: Datab
             early = await world.register(3, deadline=second_of(node, DEADLINE))
             await world.reaches(early, "expired")
             due = await world.register(1, deadline=second_of(node, DEADLINE))
-            stated = await world.register(2, deadline=second_of(node, DEADLINE), requested_at=datetime.fromtimestamp(node.chain.time_s, UTC).isoformat())
+            stated = await world.register(
+                2,
+                deadline=second_of(node, DEADLINE),
+                requested_at=datetime.fromtimestamp(node.chain.time_s, UTC).isoformat(),
+            )
             await world.reaches(due, "ready")
             await world.reaches(stated, "expired")
             assert await world.trace(due) == ["ready", "finalized"]

@@ -86,7 +86,11 @@ class World:
     ) -> AsyncIterator[None]:
         """All loops, for the body; then every one is stopped where it stands, as at the end of a process."""
         chain = self._chain(self.node, **{**self.settings, **settings})
-        brand: dict[str, Any] = {"name": BRAND, "issuers": ["0x" + ISSUER.hex()], "policies": [{"confidence": self.confidence}]}
+        brand: dict[str, Any] = {
+            "name": BRAND,
+            "issuers": ["0x" + ISSUER.hex()],
+            "policies": [{"confidence": self.confidence}],
+        }
         brand["unmatched_since"] = "2020-01-01T00:00:00Z"
         brand["webhooks"] = [{"secrets": [SECRET], "allow": ["127.0.0.0/8"]} | dict(webhook) for webhook in webhooks]
         config = Config.model_validate({"state_dir": "/nonexistent", "chains": [chain], "brands": [brand]})
@@ -96,8 +100,12 @@ class World:
         async with ChainRuntime.open(chain, self.metrics, wakeups, rng) as runtime:
             observer = SettlementObserver(self.metrics, {chain.chain_id: chain.name})
             rules = daemon.rules_of(config.brands)
-            dispatcher = Dispatcher(endpoints_of(config.brands), metrics=self.metrics, schedule=SOON, rng=rng, sweep=0.1)
-            supervisor = self.supervisor = Supervisor(Leases(self.database, ttl=lease_seconds, rng=rng), self.metrics, rng)
+            dispatcher = Dispatcher(
+                endpoints_of(config.brands), metrics=self.metrics, schedule=SOON, rng=rng, sweep=0.1
+            )
+            supervisor = self.supervisor = Supervisor(
+                Leases(self.database, ttl=lease_seconds, rng=rng), self.metrics, rng
+            )
             bodies: dict[str, Body] = {
                 "settle": lambda lease: settlement.settle(
                     lease, wakeups, rules, {}, observer, unmatched_quiet_ms=unmatched_quiet_ms
@@ -131,7 +139,9 @@ class World:
         return reference
 
     async def state(self, reference: str) -> str:
-        return str(await self.database.pool.fetchval("SELECT status FROM loyalty.operations WHERE reference = $1", reference))
+        return str(
+            await self.database.pool.fetchval("SELECT status FROM loyalty.operations WHERE reference = $1", reference)
+        )
 
     async def trace(self, reference: str) -> list[str]:
         """The types of the operation's signals in their order, hints left out."""
@@ -161,7 +171,9 @@ class World:
             raise AssertionError(f"{reference} is {await self.state(reference)}, not {state}; told: {told}") from None
 
     async def touch(self) -> None:
-        await self.database.pool.execute("INSERT INTO indexer.touched_operation (operation_id) SELECT id FROM indexer.operation")
+        await self.database.pool.execute(
+            "INSERT INTO indexer.touched_operation (operation_id) SELECT id FROM indexer.operation"
+        )
         self.wakeups.poke("registered")
 
     async def looked(self) -> None:
@@ -196,7 +208,10 @@ class World:
     async def verdicts(self, low: int, high: int, emitter: bytes = b"") -> set[str]:
         """Verdicts on blocks low … high: of the head lane, or of one emitter's own coverage."""
         rows = await self.database.pool.fetch(
-            "SELECT verdict FROM indexer.coverage WHERE emitter = $3 AND blocks && int8range($1, $2, '[]')", low, high, emitter
+            "SELECT verdict FROM indexer.coverage WHERE emitter = $3 AND blocks && int8range($1, $2, '[]')",
+            low,
+            high,
+            emitter,
         )
         return {row["verdict"] for row in rows}
 
@@ -255,9 +270,13 @@ class World:
         assert [row["sequence"] for row in rows] == list(range(1, len(rows) + 1))
 
     async def evidence(self, reference: str) -> list[dict[str, Any]]:
-        found = await self.database.pool.fetchval("SELECT evidence FROM loyalty.operations WHERE reference = $1", reference)
+        found = await self.database.pool.fetchval(
+            "SELECT evidence FROM loyalty.operations WHERE reference = $1", reference
+        )
         return list(found)
 
     async def unmatched(self) -> list[UUID]:
-        rows = await self.database.pool.fetch("SELECT aggregateid FROM indexer.outbox WHERE type = 'settlement.unmatched'")
+        rows = await self.database.pool.fetch(
+            "SELECT aggregateid FROM indexer.outbox WHERE type = 'settlement.unmatched'"
+        )
         return [row["aggregateid"] for row in rows]

@@ -63,6 +63,17 @@ LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE SET search_path = pg_catalog AS $$
     SELECT indexer.uuid5('6f7d6b1c-6d0f-5a8e-9c55-0b6b3f6a9e01', brand || '/' || reference)
 $$;
 
+-- ------------------------------------------------------------------------------------------------ a chain's liveness
+
+-- Whether the chain's follower, under the lease it holds now, has linked a head to what is stored in the last 30 seconds. While
+-- it has not, stored blocks may have been undone unseen: facts go on, signals of readiness wait.
+CREATE OR REPLACE FUNCTION indexer.is_live(c indexer.chain) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog AS $$
+    SELECT coalesce(c.head_at > clock_timestamp() - interval '30 seconds', false)
+       AND l.epoch IS NOT DISTINCT FROM c.linked_epoch AND (l.task IS NULL OR l.until > clock_timestamp())
+    FROM (SELECT 1) AS one LEFT JOIN indexer.lease l ON l.task = 'follow:' || c.chain_id
+$$;
+
 -- ------------------------------------------------------------------------------------------------ reading a request
 
 CREATE OR REPLACE FUNCTION indexer.refuse(code text, message text, detail jsonb DEFAULT '{}') RETURNS void
