@@ -20,7 +20,8 @@ import typer
 
 from indexer import terminal
 from indexer.config import Config, ConfigProblems, json_schema, load, unused
-from indexer.store import chains, embedded, functions, overview, queries, schema, tokens
+from indexer.model.operation import State
+from indexer.store import chains, embedded, functions, overview, queries, schema, signals, tokens
 from indexer.store.brands import IssuerMoved
 from indexer.store.connection import Connection
 from indexer.store.database import Database, DatabaseUnavailable
@@ -39,9 +40,11 @@ app = typer.Typer(
 )
 operations_app = typer.Typer(help="Operations that brands wait for.", no_args_is_help=True)
 tokens_app = typer.Typer(help="Tokens for the HTTP API.", no_args_is_help=True)
+webhooks_app = typer.Typer(help="Endpoints that signals are posted to.", no_args_is_help=True)
 config_app = typer.Typer(help="The configuration.", no_args_is_help=True)
 app.add_typer(operations_app, name="operations")
 app.add_typer(tokens_app, name="tokens")
+app.add_typer(webhooks_app, name="webhooks")
 app.add_typer(config_app, name="config")
 
 ConfigOption = Annotated[
@@ -204,6 +207,8 @@ def list_operations(
     as_json: JsonOption = False,
 ) -> None:
     """Operations, newest registration first."""
+    if unknown := sorted(set(status or ()) - {state.value for state in State}):
+        raise Failure(f"no such status: {', '.join(unknown)}; known are {', '.join(State)}", USAGE)
     page = _on_database(
         config,
         is_embedded,
@@ -312,9 +317,11 @@ def resolve_operation(
 async def _resolve_id(conn: Connection, given: str) -> UUID:
     """An operation's id from itself or from a brand's reference."""
     try:
-        return UUID(given)
+        if await queries.brand_of(conn, UUID(given)) is not None:
+            return UUID(given)
     except ValueError:
-        page = await queries.operations(conn, reference=given, limit=2)
+        pass
+    page = await queries.operations(conn, reference=given, limit=2)
     if len(page.data) != 1:
         raise Failure(f"{'no' if not page.data else 'more than one'} operation with reference {given!r}")
     return page.data[0].id
@@ -352,6 +359,39 @@ def revoke_token(
     if not _on_database(config, is_embedded, lambda conn: tokens.revoke(conn, token_id)):
         raise Failure(f"no token {token_id}, or it was revoked before")
     terminal.answer({"revoked": str(token_id)}, as_json, lambda d: f"revoked {d['revoked']}")
+
+
+# ------------------------------------------------------------------------------------------------ webhooks
+
+
+@webhooks_app.command("enable")
+def enable_webhook(
+    brand: str, name: str, config: ConfigOption = None, is_embedded: EmbeddedOption = False, as_json: JsonOption = False
+) -> None:
+    """Take up an endpoint again that answered 410 or was paused."""
+    _switch(config, is_embedded, as_json, brand, name, "enabled", signals.enable_webhook)
+
+
+@webhooks_app.command("pause")
+def pause_webhook(
+    brand: str, name: str, config: ConfigOption = None, is_embedded: EmbeddedOption = False, as_json: JsonOption = False
+) -> None:
+    """Hold an endpoint's deliveries; they go on when it is enabled."""
+    _switch(config, is_embedded, as_json, brand, name, "paused", signals.pause_webhook)
+
+
+def _switch(
+    config: Path | None,
+    is_embedded: bool,
+    as_json: bool,
+    brand: str,
+    name: str,
+    done: str,
+    switch: Callable[[Connection, str, str], Awaitable[bool]],
+) -> None:
+    if not _on_database(config, is_embedded, lambda conn: switch(conn, brand, name)):
+        raise Failure(f"webhook {brand}/{name} is {done} already, or is not configured")
+    terminal.answer({"brand": brand, "webhook": name, "is": done}, as_json, lambda d: f"{brand}/{name} is {done}")
 
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -395,7 +435,7 @@ def _refused(error: asyncpg.PostgresError) -> Failure | None:
     """What schema loyalty's functions refuse, told as they say it."""
     if str(error.sqlstate).startswith("LY"):
         detail = json.loads(error.detail) if error.detail else None
-        return Failure(str(error), FAILED, detail)
+        return Failure(error.message or str(error), FAILED, detail)
     return None
 
 

@@ -57,7 +57,7 @@ BEGIN
 EXCEPTION
   WHEN duplicate_object OR unique_violation THEN NULL;  -- another database of this server, at the same moment
   WHEN insufficient_privilege THEN
-    RAISE EXCEPTION 'this user may not create roles: let a superuser run  CREATE ROLE {role};  and migrate again'
+    RAISE EXCEPTION 'this user may not create roles: let a superuser run  CREATE ROLE loyalty_daemon; CREATE ROLE loyalty_reader; CREATE ROLE loyalty_brand;  and migrate again'
       USING ERRCODE = 'insufficient_privilege';
 END $$
 """

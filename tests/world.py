@@ -202,9 +202,9 @@ class World:
         assert not again.signals and not again.transitions, "a second pass over the same facts changed something"
         return told
 
-    async def unmatched(self, quiet_ms: int = 0) -> int:
+    async def unmatched(self, quiet_ms: int = 0, limit: int = 500) -> int:
         async with self.conn.transaction():
-            return await tell_unmatched(self.conn, quiet_ms)
+            return await tell_unmatched(self.conn, quiet_ms, limit)
 
     async def operation(self, operation: UUID) -> asyncpg.Record:
         row = await self.conn.fetchrow("SELECT * FROM indexer.operation WHERE id = $1", operation)

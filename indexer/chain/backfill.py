@@ -15,9 +15,11 @@ import structlog
 from indexer.chain.decode import Decoder
 from indexer.chain.integrity import Count, Lie
 from indexer.chain.linkage import Unsettled
+from indexer.chain.logs import headers_of
 from indexer.chain.pipeline import PARALLEL, Backfill, Progress
 from indexer.chain.rpc import Rpc
-from indexer.chain.rpc_errors import MethodMissing, PrunedHistory, RpcError, UnknownBlock
+from indexer.chain.rpc_errors import RateLimited, RpcError, Unreachable
+from indexer.chain.schedule import check_chain_id
 from indexer.chain.second_look import SecondLook
 from indexer.config import Chain
 from indexer.model.types import hex0x
@@ -61,10 +63,10 @@ async def fill_history(
             metrics=metrics, count=count, report=report, clock=clock, parallel=parallel,
         )  # fmt: skip
         try:
+            await _same_chain(chain, rpc, lease)
             worked = await backfill.run()
-            proven = await starts.proven()
-            await _say_complete(chain, lease, proven)
-            await second.look()
+            await second.look()  # what `expired` waits for; the rest of this round is for the views
+            await _say_complete(chain, lease, await starts.proven())
             failures = 0
         except (Unsettled, Lie, RpcError) as trouble:
             worked = False
@@ -72,6 +74,24 @@ async def fill_history(
             log.warning("history waits", chain=chain.name, reason=str(trouble))
         if not worked:
             await asyncio.sleep(min(chain.tags_seconds * 2 ** min(failures, 4), 60))
+
+
+async def _same_chain(chain: Chain, rpc: Rpc, lease: Lease) -> None:
+    """Makes sure that the endpoint holds what we hold as finalized, and so all below it: ranges alone would not show it.
+
+    Raises WrongChain, Unsettled.
+    """
+    await check_chain_id(rpc, chain.name, chain.chain_id)
+    state = await chains.load_chain(lease.connection, chain.chain_id)
+    ours = None if state is None else state.finalized
+    if state is None or ours is None:
+        return
+    theirs = (await headers_of(rpc, [ours.number], state.schedule))[0]
+    if theirs.hash != ours.hash:
+        raise Unsettled(
+            f"{rpc.name} shows block {ours.number} as {hex0x(theirs.hash)}, we hold {hex0x(ours.hash)} as finalized: no "
+            "history is read from it"
+        )
 
 
 async def _say_complete(chain: Chain, lease: Lease, proven: bool) -> None:
@@ -118,7 +138,9 @@ class Starts:
             return True
         try:
             early = await self._rpc.has_code(address, start_block - 1)
-        except (PrunedHistory, UnknownBlock, MethodMissing):
+        except (Unreachable, RateLimited):
+            raise
+        except RpcError:  # each client has its own words for state that it no longer keeps
             log.info(
                 "cannot show that the contract did not exist before its start_block: the endpoint keeps no state that old",
                 chain=self._chain.name,

@@ -88,6 +88,8 @@ async def follow(
             except Reorganised as reorganised:
                 await position.rewind(reorganised.ancestor)
             except FinalityViolation as violation:
+                # an endpoint that serves another chain now contradicts nothing of ours: WrongChain, and no latch
+                await check_chain_id(rpc, chain.name, chain.chain_id)
                 await position.latch(violation)
                 raise
             except (Unsettled, Lie, RpcError) as trouble:
@@ -139,7 +141,7 @@ class _Follower:
         cursor, head = self._position.cursor, self._heads[0]
         if head.number <= cursor.number:
             ours = await self._position.held(head.number) if head.number > self._position.floor.number else None
-            if ours is not None and ours.hash != head.hash:
+            if ours is not None and ours.hash != head.hash and await self._shown(head):
                 raise Reorganised(await linkage.ancestor_of(head, self._position.as_held(), self._rpc))
             self._heads.popleft()  # repeated, or a node that lags: it undoes nothing
             return []
@@ -151,8 +153,17 @@ class _Follower:
             linked.append(self._heads.popleft())
             at = linked[-1].ref
         if not linked:
-            raise Reorganised(await linkage.ancestor_of(head, self._position.as_held(), self._rpc))
+            if await self._shown(head):
+                raise Reorganised(await linkage.ancestor_of(head, self._position.as_held(), self._rpc))
+            self._heads.popleft()
         return linked
+
+    async def _shown(self, head: Header) -> bool:
+        """Whether the node, asked by number, shows the announced head: a late message of a branch that lost undoes nothing."""
+        raw = await self._rpc.header(head.number)
+        if raw is None:
+            raise Unsettled(f"{self._rpc.name} announced block {head.number} and does not serve it")
+        return verify_header(raw, self._position.schedule, head.number, count=self._count).hash == head.hash
 
     async def _gap(self, cursor: BlockRef, high: int) -> list[Header]:
         """Headers of cursor+1 … high, linked to each other. Raises Reorganised when they do not follow the cursor."""

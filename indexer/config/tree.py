@@ -372,6 +372,7 @@ def _secret_parts(url: str) -> list[str]:
     """What of a URL may be a secret: its password, and long parts of its path and query, where providers put keys."""
     parts = urlsplit(url)
     pieces = [*parts.path.split("/"), *(pair.partition("=")[2] for pair in parts.query.split("&"))]
-    keys = [piece for piece in pieces if len(piece) >= 16 and "/" not in piece]  # a socket's folder is no key
+    # a socket's folder is no key, nor is a short word
+    keys = [p for p in pieces if "/" not in p and (len(p) >= 16 or (len(p) >= 8 and any(map(str.isdigit, p))))]
     password = parts.password or ""
     return [*keys, *filter(None, {password, unquote(password)})]

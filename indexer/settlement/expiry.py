@@ -24,7 +24,8 @@ async def certainly_expired(conn: Connection, operation: Operation, leg: Leg, he
     if watched is None:
         return False
     emitters, start_block = watched
-    if operation.requested_at_stated:
+    # A stated time later than the deadline itself says nothing of the time when the action could be executed.
+    if operation.requested_at_stated and operation.requested_at_ms - CLOCK_SKEW_MS < after_ms:
         since = await store.first_block_since(conn, leg.chain_id, operation.requested_at_ms - CLOCK_SKEW_MS)
         start_block = start_block if since is None else max(start_block, since)
     covered = await covered_until(conn, leg.chain_id, emitters, start_block)

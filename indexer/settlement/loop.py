@@ -8,16 +8,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from uuid import UUID
 
+import asyncpg
+import structlog
+
 from indexer.model import signal as signals
+from indexer.model.confidence import Alarm
 from indexer.settlement.reconciler import BrandRules, Observer, Pass, reconcile
 from indexer.store import operations as store
 from indexer.store.connection import Connection
 from indexer.store.leases import Lease
+from indexer.store.operations import Changes
 from indexer.store.signals import append
 from indexer.store.wakeups import Wakeups
 
+log = structlog.get_logger(__name__)
+
 TASK = "settle"
 SWEEP_SECONDS = 1.0
+BATCH = 200  # operations of one pass
+PUT_OFF_MS = 60_000
+UNMATCHED_AT_ONCE = 500
+# What a single operation may raise, and no broken connection or full disk does.
+DEFECTS = (
+    asyncpg.DataError,
+    asyncpg.IntegrityConstraintViolationError,
+    ArithmeticError,
+    AssertionError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
 UNMATCHED_QUIET_MS = 600_000  # evidence younger than this may still find its registration
 UNMATCHED_EVERY = 10  # sweeps
 
@@ -32,11 +52,20 @@ async def settle(
     unmatched_quiet_ms: int = UNMATCHED_QUIET_MS,
 ) -> None:
     """Runs until cancelled, or until the lease is lost (LeaseLost)."""
-    idle = 0
+    idle, batch, careful = 0, BATCH, 0
     while True:
         done = Pass()
-        async with lease.transaction() as conn:
-            done = await reconcile(conn, rules, explorers)
+        try:
+            async with lease.transaction() as conn:
+                done = await reconcile(conn, rules, explorers, batch=batch)
+        except DEFECTS:
+            # one operation that we cannot work out must not stop the others: find it, put it off, say so
+            if batch == 1:
+                log.exception("an operation cannot be settled, and is put off", operations=await _put_off(lease))
+            batch, careful = 1, BATCH
+            continue
+        careful = max(0, careful - 1)
+        batch = 1 if careful else BATCH
         if done.signals:
             wakeups.poke("settled")
         for operation, state, movements in done.transitions:
@@ -52,11 +81,22 @@ async def settle(
                 found = await tell_unmatched(conn, unmatched_quiet_ms)
             if found:
                 wakeups.poke("settled")
+            if found >= UNMATCHED_AT_ONCE:
+                continue
         idle += 1
         await wakeups.wait(("facts", "heads", "registered"), SWEEP_SECONDS)
 
 
-async def tell_unmatched(conn: Connection, quiet_ms: int, limit: int = 500) -> int:
+async def _put_off(lease: Lease) -> list[str]:
+    """Takes the operation whose turn it is out of the queue, to be looked at again later."""
+    async with lease.transaction() as conn:
+        ids = await store.take_touched(conn, 1)
+        later = Alarm(0, "clock_ms", await store.now_ms(conn) + PUT_OFF_MS)
+        await store.store(conn, Changes(alarms={operation: [later] for operation in ids}))
+    return [str(operation) for operation in ids]
+
+
+async def tell_unmatched(conn: Connection, quiet_ms: int, limit: int = UNMATCHED_AT_ONCE) -> int:
     """Signals evidence of our issuers, safe and older than `quiet_ms`, that no operation claims. Returns how many."""
     clock_ms = await store.now_ms(conn)
     told = 0

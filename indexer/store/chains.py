@@ -205,7 +205,15 @@ async def ensure_chain(
 
 async def sync_chains(conn: Connection, configured: Sequence[tuple[int, str]]) -> None:
     """Makes (chain id, name) of the configuration the active chains, so that operations can be registered on one that no
-    endpoint has answered for yet. Who the chain is, `ensure_chain` writes."""
+    endpoint has answered for yet. Who the chain is, `ensure_chain` writes. A name that another chain had is taken from it."""
+    await conn.execute(
+        """
+        UPDATE indexer.chain AS c SET name = c.name || ' (' || c.chain_id || ')'
+        FROM unnest($1::bigint[], $2::text[]) AS n (chain_id, name) WHERE c.name = n.name AND c.chain_id <> n.chain_id
+        """,
+        [chain_id for chain_id, _ in configured],
+        [name for _, name in configured],
+    )
     await conn.execute(
         """
         INSERT INTO indexer.chain AS c (chain_id, name) SELECT * FROM unnest($1::bigint[], $2::text[])

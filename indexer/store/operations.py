@@ -618,13 +618,13 @@ async def unmatched_due(
           AND m.block_time_ms >= extract(epoch FROM b.unmatched_since) * 1000
           AND NOT EXISTS (SELECT 1 FROM indexer.claim c WHERE c.chain_id = m.chain_id AND c.block_number = m.block_number
                           AND c.log_index = m.log_index AND c.block_hash = m.block_hash)
-        ORDER BY m.block_number, m.log_index LIMIT $5
+        ORDER BY m.block_number FETCH FIRST ($5) ROWS WITH TIES -- whole blocks, however many events they hold
         """,  # noqa: S608
         chain.chain_id, cursor, chain.safe_number, until_ms, limit,
     )  # fmt: skip
     found = [(row["brand"], movement_of(row)) for row in rows]
-    if len(found) == limit:
-        return found, found[-1][1].block_number - 1
+    if len(found) >= limit:
+        return found, max(movement.block_number for _, movement in found)
     # the highest block that is both safe and old enough; the cursor never runs ahead of what may still change
     reached = await conn.fetchval(
         """

@@ -128,6 +128,13 @@ async def check(connection: asyncpg.Connection | asyncpg.pool.PoolConnectionProx
         found: str | None = await connection.fetchval("SELECT version_num FROM indexer.alembic_version")
     except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
         found = None
+    except asyncpg.InsufficientPrivilegeError:
+        raise SchemaMismatch(
+            "this login may not read the schema: run `indexer migrate` as the owner of the database if that was not done, "
+            "and as the owner GRANT loyalty_daemon, loyalty_reader TO this login",
+            None,
+            head(),
+        ) from None
     if found == head():
         return
     if found is None or found in _revisions():

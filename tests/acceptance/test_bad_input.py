@@ -1,5 +1,5 @@
 """What a person meets who gives the daemon something bad: an endpoint that is not there, the wrong chain, an address without a
-contract, texts of megabytes, a shop that answers HTML. Each ends in words that say what to do or in a count, the process
+contract, texts of megabytes, a full disk. Each ends in words that say what to do or in a count, the process
 stands, and once the cause is gone nothing is missing.
 """
 
@@ -8,14 +8,12 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import asyncpg
 import pytest
-from aiohttp import web
 
 from indexer.model.types import Address, Hash32, hex0x
 from indexer.sandbox.actions import Metadata
@@ -24,7 +22,7 @@ from indexer.sandbox.loyfin import create_program, deploy_look_alike, speak, spe
 from indexer.sandbox.transactions import Party
 from indexer.store import tokens
 from indexer.store.database import Database
-from tests.acceptance.world import SECRET, Daemon, Ledger, World, until
+from tests.acceptance.world import Daemon, Ledger, World, until
 from tests.fake_node import FakeNode
 from tests.following import FACTORY, ISSUER, created, issued, stored, transferred, truth
 from tests.simulation.world import leg_of
@@ -33,37 +31,6 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.xdist_group("acceptance"), pyt
 
 KEY = "k3y0fTheProvider-1234567890"  # in the path of the endpoint's URL, where providers put it
 FULL = "could not extend file: No space left on device"
-
-
-@dataclass
-class Shop:
-    """A brand's endpoint that answers HTML, with the statuses of its script; 200 when that is through."""
-
-    statuses: list[int]
-    url: str = ""
-
-    def __post_init__(self) -> None:
-        self.ids: list[str] = []
-
-    async def answer(self, request: web.Request) -> web.Response:
-        self.ids.append(request.headers["webhook-id"])
-        status = self.statuses.pop(0) if self.statuses else 200
-        return web.Response(
-            status=status, text=f"<html><body>{'we are down ' * 10_000}</body></html>", content_type="text/html"
-        )
-
-    @asynccontextmanager
-    async def open(self) -> AsyncIterator[Shop]:
-        app = web.Application()
-        app.router.add_post("/", self.answer)
-        runner = web.AppRunner(app, access_log=None)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            self.url = f"http://127.0.0.1:{runner.addresses[0][1]}/"
-            yield self
-        finally:
-            await runner.cleanup()
 
 
 class Installation:
@@ -118,17 +85,8 @@ class Installation:
 
 @asynccontextmanager
 async def installed(
-    database: Database, node: FakeNode, folder: Path, *, chain_id: int = 84532, webhook: str = ""
+    database: Database, node: FakeNode, folder: Path, *, chain_id: int = 84532
 ) -> AsyncIterator[Installation]:
-    (folder / "secret").write_text(SECRET)
-    hook = f"""
-[[brands.webhooks]]
-name = "shop"
-url = "{webhook}"
-secret_files = ["{folder / "secret"}"]
-allow = ["127.0.0.0/8"]
-timeout_seconds = 1
-"""
     config = folder / "indexer.toml"
     config.write_text(
         f"""
@@ -152,7 +110,7 @@ verify_calls_per_second = 50
 name = "bloom"
 issuers = ["{hex0x(ISSUER)}"]
 policies = [ {{ confidence = "included" }} ]
-{hook if webhook else ""}"""
+"""
     )
     async with database.pool.acquire() as conn:
         token, _ = await tokens.add(conn, "test", None, tokens.SCOPES)
@@ -234,27 +192,7 @@ async def test_an_address_without_a_contract(database: Database, tmp_path: Path)
             await until(complete, lambda: f"history is complete; {installation.daemon.last_words()}")
 
 
-# --------------------------------------------------------------------------- what others answer
-
-
-async def test_a_webhook_that_answers_html(database: Database, tmp_path: Path) -> None:
-    """A page with an error is a failure, whatever it says; a page with 200 is an acknowledgement, whatever it says."""
-    async with FakeNode() as node, Shop([502]).open() as shop:
-        node.mine([created(1)], 2)
-        async with installed(database, node, tmp_path, webhook=shop.url) as installation:
-            assert (await installation.register(1))[0] == 201
-            node.mine([issued(1)])
-            told = await installation.daemon.says("delivery_failed", seconds=10)
-            assert (told["brand"], told["webhook"], told["type"]) == ("bloom", "shop", "operation.ready")
-            assert (told["attempt"], told["reason"]) == (1, "HTTP 502") and 4 <= told["retry_in"] <= 6
-
-            async def delivered() -> bool:
-                return await installation.metric("deliveries_total", 'outcome="delivered"') == 1
-
-            await until(delivered, lambda: f"the second attempt; {installation.daemon.last_words()}")
-            assert await installation.metric("deliveries_total", 'outcome="failed"') == 1
-            assert len(shop.ids) == 2 and len(set(shop.ids)) == 1
-            assert "we are down" not in installation.daemon.log.read_text()
+# --------------------------------------------------------------------------- the database
 
 
 async def test_a_full_disk(database: Database, owner_dsn: str, tmp_path: Path) -> None:

@@ -101,9 +101,10 @@ class Population:
             'nonce', '0x' || encode({_NONCE}, 'hex')))"""
         payload = "jsonb_build_object('type', kind, 'data', jsonb_build_object('sequence', sequence, 'reference', 'op-' || i))"
         return (
-            f"""INSERT INTO indexer.chain (chain_id, name, head_number, head_hash, head_time_ms, safe_number, safe_hash, safe_time_ms,
-                    finalized_number, finalized_hash, finalized_time_ms, unmatched_cursor)
-                SELECT {CHAIN}, 'bench', {self.head}, '\\x01', {head_ms}, {self.head - 100}, '\\x02', {head_ms - 100 * BLOCK_MS},
+            f"""INSERT INTO indexer.chain (chain_id, name, head_number, head_hash, head_time_ms, head_at, safe_number, safe_hash,
+                    safe_time_ms, finalized_number, finalized_hash, finalized_time_ms, unmatched_cursor)
+                SELECT {CHAIN}, 'bench', {self.head}, '\\x01', {head_ms}, clock_timestamp() + interval '1 day', {self.head - 100}, '\\x02',
+                    {head_ms - 100 * BLOCK_MS},
                     {finalized}, '\\x03', {finalized_ms}, {self.head - 200}""",
             f"""INSERT INTO indexer.emitter (chain_id, address, kind, factory, start_block, followed_from) VALUES
                 ({CHAIN}, {factory}, 'factory', {factory}, 0, 0), ({CHAIN}, {token}, 'token', {factory}, 1, 1)""",

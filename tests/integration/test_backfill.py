@@ -191,11 +191,13 @@ async def test_what_the_first_answer_left_out_is_found_by_the_second_look(databa
     async with FakeNode() as node:
         grow(node, 300)
         node.set_tags(safe=290, finalized=280)
-        node.drop_log(3, times=4)
-        node.hide_logs(times=1)
-        chain = chain_config(node, second_look_seconds=0.2, verify_calls_per_second=50)
+        node.drop_log(3, times=None)
+        chain = chain_config(node, second_look_seconds=3, verify_calls_per_second=50)
         async with following(database, node, chain), filling(database, node, chain):
             await caught_up(database, node)
+            await history_filled(database, node.chain_id)
+            assert await stored(database) != truth(node.chain)
+            node.heal()  # long before anything is read a second time
             node.set_tags(safe=300, finalized=300)
             await eventually(lambda: verified(database))
             assert await stored(database) == truth(node.chain)

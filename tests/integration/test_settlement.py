@@ -459,6 +459,22 @@ async def test_a_gap_or_an_unverified_range_never_expires(world: World, low: int
     assert await world.state(operation) == "pending"
 
 
+async def test_requested_after_its_own_deadline_expires_only_on_history_that_reaches_the_deadline(world: World) -> None:
+    """A late registration, stated as of now, of an action that could be executed long before: history there is not filled yet."""
+    await world.conn.execute(
+        "UPDATE indexer.chain SET schedule = $1", {"l2_time": BASE_MS // 1000, "first_fast_block": 0}
+    )
+    leg = world.leg(nonce=hexa(world.nonce()), deadline=deadline(100))
+    operation = await world.register(leg, requestedAt="2026-09-21T15:13:20Z")  # an hour after block 0
+    await world.heads(head=20_000, safe=19_500, finalized=19_000)
+    await world.cover(15_000, 20_000)
+    await world.settle()
+    assert await world.state(operation) == "pending"
+    await world.cover(0, 20_000)
+    await world.conn.execute("INSERT INTO indexer.touched_operation (operation_id) VALUES ($1)", operation)
+    assert await world.settle() == ["operation.expired"]
+
+
 async def test_the_event_in_the_last_second_settles_and_the_bucket_bounds_too(owner_dsn: str) -> None:
     async with World.at(owner_dsn, INCLUDED) as world:
         leg = world.leg(nonce=hexa(world.nonce()), deadline=deadline(100))
@@ -575,6 +591,16 @@ async def test_unmatched_evidence_is_told_once_at_safe_and_not_while_contested(o
         assert await world.unmatched() == 1
         await world.unmatched()
         assert await world.conn.fetchval("SELECT count(*) FROM indexer.outbox WHERE type = 'settlement.unmatched'") == 1
+
+
+async def test_more_unmatched_events_in_one_block_than_one_look_takes_stop_nothing(owner_dsn: str) -> None:
+    async with World.at(owner_dsn, INCLUDED) as world:
+        for index in range(5):
+            await world.event(100, world.leg(), index=index)
+        await world.event(101, world.leg())
+        await world.heads(head=200, safe=150)
+        await world.settle()
+        assert [await world.unmatched(limit=2) for _ in range(3)] == [5, 1, 0]
 
 
 async def test_evidence_found_late_below_the_cursor_is_told_too(owner_dsn: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from indexer.store.database import Database
-from tests.fake_node import FakeNode
+from tests.fake_node import FakeChain, FakeNode
 from tests.following import created, eventually, issued, transferred
 from tests.simulation.world import World
 
@@ -85,37 +85,105 @@ async def test_an_endpoint_that_answers_no_json_for_a_while(
 
 
 @MODES
-async def test_an_endpoint_that_comes_back_as_another_chain(database: Database, socket: bool) -> None:
-    """A gateway that was given another route: nothing of that chain is taken for ours, and the words name both."""
+@pytest.mark.parametrize("seen", [True, False], ids=["outage seen", "outage not seen"])
+async def test_an_endpoint_that_comes_back_as_another_chain(database: Database, socket: bool, seen: bool) -> None:
+    """A gateway that was given another route: nothing of that chain is taken for ours, nothing is latched for it, and the
+    words name both."""
     async with FakeNode() as node:
         world = World(database, node, socket=socket)
         node.mine([created(1)], 3)
-        ours = node.chain
-        other = ours.fork()
-        other.chain_id = 1
+        ours, other = node.chain, FakeChain(1, salt=7)
+        other.mine([created(1), issued(1)], 30)
+        other.safe = other.finalized = 25
         async with world.running():
             await world.caught_up()
             reference = await world.register(1)
-            await node.stop()
+            if seen:
+                await node.stop()
+                await eventually(lambda: _counted(world, "unreachable"))
             node.chain, node.chain_id = other, 1
-            other.mine([issued(1)], 5)
-            other.safe = other.finalized = 7
-            await eventually(lambda: _counted(world, "unreachable"))
-            await node.start()
-            said = await world.problem(
-                "follow", "WrongChain", "'fake' is configured with chain_id 84532", "serves chain 1"
-            )
-            assert "correct chain_id or the rpc url" in said
-            assert await database.pool.fetchval("SELECT count(*) FROM indexer.movement") == 0
-            await node.stop()
-            node.chain, node.chain_id = ours, 84532
+            try:
+                if seen:
+                    await node.start()
+                said = await world.problem(
+                    "follow", "WrongChain", "'fake' is configured with chain_id 84532", "serves chain 1"
+                )
+                assert "correct chain_id or the rpc url" in said
+                assert await database.pool.fetchval("SELECT count(*) FROM indexer.movement") == 0
+                assert await database.pool.fetchval("SELECT latch FROM indexer.chain") is None
+            finally:
+                node.chain, node.chain_id = ours, 84532
             node.mine([issued(1)], 5)
             node.set_tags(safe=7, finalized=2)
-            await node.start()
             await world.reaches(reference, "ready")
             await world.caught_up()
             await world.intact()
             assert await world.trace(reference) == ["ready"]
+
+
+@pytest.mark.parametrize("chain_id", [1, 84532], ids=["another id", "the same id, reset"])
+async def test_history_is_not_read_from_another_chain(database: Database, chain_id: int) -> None:
+    """The daemon is started again with a wrong url: what is stored is neither corrected by that chain nor added to from it."""
+    async with FakeNode() as node:
+        world = World(database, node, socket=False)
+        node.mine([created(1), issued(1)], 30)
+        async with world.running(second_look_seconds=3600.0):
+            await world.caught_up()
+            await world.tags(safe=25, finalized=25)
+            here, elsewhere = await world.register(1), await world.register(2)
+            await world.reaches(here, "ready")
+            await world.looked()
+        ours, other = node.chain, FakeChain(chain_id, salt=7)
+        other.mine(blocks=3)
+        other.mine([created(1), issued(2)], 30)
+        other.safe = other.finalized = 28
+        node.chain, node.chain_id = other, chain_id
+        try:
+            with capture_logs() as logs:
+                async with world.running(chain_id=84532):
+                    await world.problem("follow", "WrongChain")
+
+                    async def history_says_so() -> bool:
+                        told = [
+                            entry.get("error") or entry.get("reason")
+                            for entry in logs
+                            if "follow" not in entry.values()
+                        ]
+                        return any(
+                            "serves chain 1:" in str(each) or "no history is read from it" in str(each) for each in told
+                        )
+
+                    await eventually(history_says_so)
+                    asked = node.calls["eth_chainId"]
+                    await eventually(lambda: _asked(node, asked + 6))
+                    await world.looked()
+                    assert (await world.state(here), await world.state(elsewhere)) == ("ready", "pending")
+        finally:
+            node.chain, node.chain_id = ours, 84532
+        async with world.running():
+            await world.caught_up()
+            await world.looked()
+            await world.intact()
+            assert (await world.state(here), await world.state(elsewhere)) == ("ready", "pending")
+            assert await world.trace(here) == ["ready", "finalized"]
+
+
+async def _asked(node: FakeNode, times: int) -> bool:
+    return node.calls["eth_chainId"] >= times
+
+
+async def test_a_chain_id_that_was_wrong_is_corrected_under_the_same_name(database: Database) -> None:
+    """The wrong one left a row behind, with the name that the right one takes now."""
+    async with FakeNode() as node:
+        world = World(database, node)
+        node.mine([created(1)])
+        async with world.running(chain_id=1):
+            await world.problem("follow", "WrongChain", "configured with chain_id 1", "serves chain 84532")
+        async with world.running():
+            rows = await database.pool.fetch("SELECT chain_id, name, active FROM indexer.chain ORDER BY chain_id")
+            assert [tuple(row) for row in rows] == [(1, "fake (1)", False), (84532, "fake", True)]
+            node.mine([issued(1)])
+            await world.intact()
 
 
 async def _counted(world: World, error: str) -> bool:

@@ -1,0 +1,57 @@
+"""The settling loop: one operation that cannot be worked out stops nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from indexer.settlement import loop, reconciler
+from indexer.store.database import Database
+from indexer.store.leases import Leases
+from indexer.store.wakeups import Wakeups
+from tests.integration.test_settlement import INCLUDED
+from tests.world import World, hexa
+
+
+class Nobody:
+    def transition(self, operation: Any, to: Any, movements: Sequence[Any], now_ms: int) -> None: ...
+
+    def signalled(self, signal: Any) -> None: ...
+
+    def repeated(self, movement: Any) -> None: ...
+
+
+async def test_an_operation_that_cannot_be_worked_out_is_put_off_and_the_others_go_on(
+    database: Database, owner_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with World.at(owner_dsn, INCLUDED) as world:
+        legs = [world.leg(nonce=hexa(world.nonce())) for _ in range(5)]
+        operations = [await world.register(leg) for leg in legs]
+        for block, leg in enumerate(legs):
+            await world.event(100 + block, leg)
+        settle = reconciler._Desk.settle
+
+        async def stumbling(self: Any, operation: Any) -> None:
+            if operation.id == operations[2]:
+                raise KeyError("a defect of ours")
+            await settle(self, operation)
+
+        monkeypatch.setattr(reconciler._Desk, "settle", stumbling)
+        async with Leases(database, ttl=10).hold(loop.TASK) as lease:
+            task = asyncio.create_task(loop.settle(lease, Wakeups(), INCLUDED, {}, Nobody()))
+            try:
+                async with asyncio.timeout(20):
+                    while [await world.state(o) for o in operations].count("ready") < 4:
+                        await asyncio.sleep(0.05)
+                    while not await world.conn.fetchval("SELECT count(*) FROM indexer.alarm WHERE axis = 'clock_ms'"):
+                        await asyncio.sleep(0.05)
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        assert await world.state(operations[2]) == "pending"
+        assert (
+            await world.conn.fetchval("SELECT operation_id FROM indexer.alarm WHERE axis = 'clock_ms'") == operations[2]
+        )
