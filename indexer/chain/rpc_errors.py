@@ -283,6 +283,7 @@ _CLASSES: Final[dict[Kind, type[RpcError]]] = {
     Kind.MISFIT: BadAnswer,
 }
 
+LONGEST_WORDS = 4_000  # characters of a refusal that are looked at: no provider's real one comes near
 Asked = tuple[int, int] | Literal["by hash"] | None  # the block range that was asked for, if the call had one
 
 
@@ -290,6 +291,7 @@ def classify(
     message: str, data: str = "", code: int | None = None, status: int | None = None, asked: Asked = None
 ) -> Classified:
     """What a refusal means, and the range it suggests. `data` is error.data as text (JSON where it was an object)."""
+    message, data = message[:LONGEST_WORDS], data[:LONGEST_WORDS]  # a hostile node's megabytes must not hold up the loop
     span = asked[1] - asked[0] + 1 if isinstance(asked, tuple) and asked[1] >= asked[0] else None
     kind = _kind(message, data, code, status, asked, span)
     if kind is Kind.RANGE_OR_DEPTH:
@@ -340,7 +342,8 @@ def error_for(
 
 def clean(text: str, most: int = 240) -> str:
     """A node's words for a log line: one line, no control characters, URLs down to their host, shortened."""
-    text = re.sub(r"(\w+://)(?:[^\s/@]*@)?([^\s/?#\"'<>]+)[^\s\"'<>]*", r"\1\2", text)
+    text = text[:LONGEST_WORDS]
+    text = re.sub(r"(\b\w{1,20}://)(?:[^\s/@]*@)?([^\s/?#\"'<>]+)[^\s\"'<>]*", r"\1\2", text)
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= most else text[: most - 1] + "…"
 

@@ -46,7 +46,8 @@ async def cover(conn: asyncpg.Connection, chain_id: int, claims: Sequence[Covere
     """Adds the claims. What is better than `unverified` also takes the range out of `unverified`.
 
     A second reading of a whole range also takes the place of `gate` in it: at an endpoint without receipts, single
-    unverified blocks would leave that multirange in a thousand pieces.
+    unverified blocks would leave that multirange in a thousand pieces. It is a second one only where there was a first: a
+    block in between that nobody had read before stays a gap.
     """
     if not claims:
         return
@@ -60,9 +61,13 @@ async def cover(conn: asyncpg.Connection, chain_id: int, claims: Sequence[Covere
     await conn.execute(
         """
         INSERT INTO indexer.coverage AS c (chain_id, emitter, verdict, blocks)
-        SELECT $1, emitter, verdict, range_agg(int8range(low, high, '[]'))
+        SELECT $1, claim.emitter, claim.verdict,
+               CASE WHEN claim.verdict <> 'second_look' THEN range_agg(int8range(low, high, '[]'))
+                    ELSE range_agg(int8range(low, high, '[]')) * coalesce((
+                        SELECT range_agg(k.blocks) FROM indexer.coverage AS k WHERE k.chain_id = $1 AND k.emitter = claim.emitter), '{}')
+               END
         FROM unnest($2::bytea[], $3::text[], $4::bigint[], $5::bigint[]) AS claim (emitter, verdict, low, high)
-        GROUP BY emitter, verdict
+        GROUP BY claim.emitter, claim.verdict
         ON CONFLICT (chain_id, emitter, verdict) DO UPDATE SET blocks = c.blocks + excluded.blocks
         """,
         chain_id,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from eth_abi.abi import encode
 from eth_hash.auto import keccak
 
+from tests.fake_node import EMPTY_ROOT, EMPTY_UNCLES, bloom_of, rlp
+
 CHAIN_ID = 31_337  # no schedule is built in for it: times come with the logs
 START_S = 1_790_000_000
 BLOCK_S = 2
@@ -59,12 +61,33 @@ def loyalty_id_of(programme: int) -> bytes:
     return digest("loyalty", programme)
 
 
-def block_hash(number: int) -> bytes:
-    return digest("block", number)
-
-
 def time_s(number: int) -> int:
     return START_S + BLOCK_S * number
+
+
+def header(number: int, parent: bytes, events: list[Event]) -> tuple[bytes, dict[str, str]]:
+    """A block's hash, and its header as a node shows it: linked, and true but for its roots."""
+    fields: dict[str, bytes | int] = {
+        "parentHash": parent,
+        "sha3Uncles": EMPTY_UNCLES,
+        "miner": bytes(20),
+        "stateRoot": EMPTY_ROOT,
+        "transactionsRoot": EMPTY_ROOT,
+        "receiptsRoot": EMPTY_ROOT,
+        "logsBloom": bloom_of(events),
+        "difficulty": 0,
+        "number": number,
+        "gasLimit": 40_000_000,
+        "gasUsed": 60_000 * len(events),
+        "timestamp": time_s(number),
+        "extraData": b"",
+        "mixHash": bytes(32),
+        "nonce": bytes(8),
+        "baseFeePerGas": 5_000_000,
+    }
+    own = keccak(rlp(list(fields.values())))
+    shown = {name: "0x" + value.hex() if isinstance(value, bytes) else hex(value) for name, value in fields.items()}
+    return own, shown | {"hash": "0x" + own.hex()}
 
 
 def word(address: bytes) -> bytes:

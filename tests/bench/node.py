@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from tests.bench.history import CHAIN_ID, Shape, block_hash, digest, logs_of, time_s
+from tests.bench.history import CHAIN_ID, Shape, digest, header, logs_of, time_s
 
 _HEAD = b'{"jsonrpc":"2.0","id":'
 
@@ -29,10 +29,15 @@ class History:
         self.blocks: list[int] = []
         self.keys: list[tuple[str, str]] = []  # emitter, topic0
         self.emitters: dict[str, int] = {}  # → its first block
+        self.headers: list[dict[str, str]] = []
         parts: list[bytes] = []
         at = 0
+        block_hash, shown_header = header(0, bytes(32), [])
+        self.headers.append(shown_header)
         for number, events in logs_of(shape):
-            tail = f'"blockNumber":"{hex(number)}","blockHash":"0x{block_hash(number).hex()}"'
+            block_hash, shown_header = header(number, block_hash, events)
+            self.headers.append(shown_header)
+            tail = f'"blockNumber":"{hex(number)}","blockHash":"0x{block_hash.hex()}"'
             tail += f',"blockTimestamp":"{hex(time_s(number))}"'
             for index, (emitter, topics, data) in enumerate(events):
                 address, shown = "0x" + emitter.hex(), ["0x" + topic.hex() for topic in topics]
@@ -143,14 +148,7 @@ class Node(asyncio.Protocol):
 
     def _header(self, at: str) -> dict[str, str] | None:
         number = self.history.last if at in ("latest", "safe", "finalized") else int(at, 16)
-        if number > self.history.last:
-            return None
-        return {
-            "number": hex(number),
-            "hash": "0x" + block_hash(number).hex(),
-            "parentHash": "0x" + block_hash(number - 1).hex(),
-            "timestamp": hex(time_s(number)),
-        }
+        return self.history.headers[number] if number <= self.history.last else None
 
 
 async def serve(shape: Shape) -> None:

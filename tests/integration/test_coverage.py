@@ -82,6 +82,8 @@ async def test_gaps_and_covered_until_agree_with_sets_of_blocks(conn: asyncpg.Co
         else:
             await coverage.cover(conn, CHAIN, [Covered(who, low, high, verdict)])
             for number in range(low, high + 1):
+                if verdict == "second_look" and not model[who].get(number):
+                    continue  # nobody read it before: this was the first look
                 held = model[who].setdefault(number, set())
                 held.add(verdict)
                 if verdict != "unverified":
@@ -125,7 +127,8 @@ async def test_an_unknown_emitter_is_covered_nowhere(conn: asyncpg.Connection) -
 async def test_an_emitter_that_left_and_returned_has_a_gap_for_its_absence(conn: asyncpg.Connection) -> None:
     both = [Emitter(A, "factory", A, 0, 0), Emitter(B, "factory", B, 0, 10)]
     await emitters(conn, *both)
-    await coverage.cover(conn, CHAIN, [Covered(HEAD_LANE, 0, 50, "gate"), Covered(B, 0, 9, "second_look")])
+    await coverage.cover(conn, CHAIN, [Covered(HEAD_LANE, 0, 50, "gate"), Covered(B, 0, 9, "unverified")])
+    await coverage.cover(conn, CHAIN, [Covered(B, 0, 9, "second_look")])
     await emitters(conn, both[0])
     await coverage.cover(conn, CHAIN, [Covered(HEAD_LANE, 51, 80, "gate")])
     await emitters(conn, *both[:1], Emitter(B, "factory", B, 0, 81))

@@ -34,7 +34,7 @@ RULES = {
     HOLD: WalletRules(skew_ms=1_000, window_ms=3_000, hold=True),
 }
 
-relaxed = settings(deadline=None, derandomize=True, database=None, max_examples=300)
+relaxed = settings(deadline=None, derandomize=True, database=None, max_examples=150)
 
 
 # --------------------------------------------------------------------------- worlds
