@@ -291,7 +291,8 @@ def classify(
     message: str, data: str = "", code: int | None = None, status: int | None = None, asked: Asked = None
 ) -> Classified:
     """What a refusal means, and the range it suggests. `data` is error.data as text (JSON where it was an object)."""
-    message, data = message[:LONGEST_WORDS], data[:LONGEST_WORDS]  # a hostile node's megabytes must not hold up the loop
+    # a hostile node's megabytes must not hold up the loop
+    message, data = message[:LONGEST_WORDS], data[:LONGEST_WORDS]
     span = asked[1] - asked[0] + 1 if isinstance(asked, tuple) and asked[1] >= asked[0] else None
     kind = _kind(message, data, code, status, asked, span)
     if kind is Kind.RANGE_OR_DEPTH:
