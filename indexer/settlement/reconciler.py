@@ -25,7 +25,6 @@ from indexer.store.operations import Changes, HistoryRow, Neighbourhood, Operati
 from indexer.store.signals import append
 
 RETRY_MS = 3_000  # a deadline has passed, and its coverage is not there yet
-LIVE_RETRY_MS = 500  # a chain's follower has not linked a head yet
 LATCH_RETRY_MS = 30_000  # a chain is latched: its operations wait for a person
 
 
@@ -245,7 +244,9 @@ class _Desk:
             # nobody has looked whether these blocks still stand: a `ready` can wait, a false one cannot be unsaid
             kept = _before_promise(operation.state, path)
             if len(kept) < len(path):
-                alarms.append(Alarm(0, "clock_ms", self.done.now_ms + LIVE_RETRY_MS))
+                waited = {m.chain_id for m in evidence if not self.heads[m.chain_id].live}
+                # the next head that a follower links is what makes a chain live
+                alarms += [Alarm(chain, "head_time_ms", self.heads[chain].head_time_ms + 1) for chain in waited]
             path = kept
         for position, state in enumerate(path):
             before, operation.state = operation.state, state

@@ -137,12 +137,12 @@ async def begin(conn: asyncpg.Connection, rooms: Sequence[Room]) -> Turn:
               WHEN type = ANY ($5) AND EXISTS (
                      SELECT FROM indexer.outbox later
                       WHERE later.aggregateid = h.aggregateid AND later.position > h.position) THEN 'dropped'
-              WHEN latched THEN 'wait'
+              WHEN in_doubt THEN 'wait'
               WHEN next_at > now() THEN 'wait'
               ELSE 'begin' END AS verdict, CASE
               WHEN busy_until IS NOT NULL THEN busy_until
               WHEN next_at > now() THEN next_at
-              WHEN latched THEN now() + interval '1 second'
+              WHEN in_doubt THEN now() + interval '1 second'
               ELSE now() + make_interval(secs => h.allowance) END AS until
             FROM head h
            CROSS JOIN LATERAL (
@@ -151,7 +151,7 @@ async def begin(conn: asyncpg.Connection, rooms: Sequence[Room]) -> Turn:
                SELECT FROM indexer.leg l JOIN indexer.chain c ON c.chain_id = l.chain_id
                 WHERE l.operation_id = h.aggregateid
                   AND (c.latch IS NOT NULL
-                       OR h.type IN ('operation.ready', 'operation.restored') AND NOT indexer.is_live(c))) AS latched) chain
+                       OR h.type IN ('operation.ready', 'operation.restored') AND NOT indexer.is_live(c))) AS in_doubt) chain
         ), closed AS (
           UPDATE indexer.delivery d SET state = j.verdict, ended_at = now()
             FROM judged j

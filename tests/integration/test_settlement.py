@@ -652,9 +652,10 @@ async def test_reverted_does_not_wait_for_a_live_follower(owner_dsn: str) -> Non
         await world.event(101, leg, fork="b")  # another signed action, under the same hash
         await world.conn.execute("UPDATE indexer.chain SET head_at = NULL")
         assert await world.settle() == ["operation.reverted"]
+        await world.heads(head=200)  # the next head that is linked rings for whoever waits: nobody has to ask again
         await world.conn.execute("UPDATE indexer.chain SET head_at = clock_timestamp()")
-        await world.conn.execute("INSERT INTO indexer.touched_operation (operation_id) VALUES ($1)", operation)
         assert await world.settle() == ["operation.ready"]
+        assert await world.state(operation) == "ready"
 
 
 async def test_an_open_transaction_of_a_brand_holds_up_nobody_else(owner_dsn: str) -> None:
