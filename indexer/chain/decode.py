@@ -211,11 +211,20 @@ class Decoder:
         """Rows of the logs, any order, any number of blocks. Who speaks is settled before what is said (loyfin.md 5.5):
         a token may log before its announcement, in the same block. The Speakers are not changed.
         """
-        out = Decoded()
-        born = self._discover(logs, speakers, out)
+        tokens = self.discover(logs, speakers)
+        out = Decoded(tokens=tokens)
+        self.read(logs, speakers, tokens, out)
+        return out
+
+    def read(self, logs: Sequence[Log], speakers: Speakers, discovered: Sequence[Token], out: Decoded) -> None:
+        """Adds the rows of the logs to `out`; `discovered` are the tokens that all logs at hand announce, not these alone.
+
+        The second half of `decode`, for who has many logs and wants to come up for air between some of them and the next.
+        """
         readings, speaks_for, tokens = self._readings, speakers.speaks_for, speakers.tokens
+        born = {token.token: token.block_number for token in discovered}
         if born:
-            tokens = tokens | {token.token: (token.factory, token.issuer, token.loyalty_id) for token in out.tokens}
+            tokens = tokens | {token.token: (token.factory, token.issuer, token.loyalty_id) for token in discovered}
         chain_id = speakers.chain_id
         for log in logs:
             emitter, topics = log.address, log.topics
@@ -258,10 +267,9 @@ class Decoder:
                 continue
             if cut:
                 out.raw_logs.append((*where, list(topics), log.data, "oversized", None))
-        return out
 
-    def _discover(self, logs: Sequence[Log], speakers: Speakers, out: Decoded) -> dict[bytes, int]:
-        """Announcements by configured emitters: fills `out.tokens`, gives new token → the block it was announced in."""
+    def discover(self, logs: Sequence[Log], speakers: Speakers) -> list[Token]:
+        """Tokens that configured emitters announce in these logs and the Speakers do not know, by first announcement."""
         announced = []
         creating = {topic0: reading for topic0, reading in self._readings.items() if reading.creates}
         for log in logs:
@@ -277,12 +285,10 @@ class Decoder:
                 if factory in allowed and loyalty not in speakers.tokens:
                     at = (log.block_number, log.log_index)
                     announced.append((at, Token(loyalty, factory, issuer, loyalty_id, log.block_number)))
-        born: dict[bytes, int] = {}
+        first: dict[bytes, Token] = {}
         for _, token in sorted(announced):
-            if token.token not in born:
-                born[token.token] = token.block_number
-                out.tokens.append(token)
-        return born
+            first.setdefault(token.token, token)
+        return list(first.values())
 
 
 def _foreign(

@@ -34,6 +34,7 @@ log = structlog.get_logger(__name__)
 
 PARALLEL = 4  # windows in flight
 TARGET = 4_000  # logs of a window: what a COPY likes, and small enough for several to wait
+SLICE = 250  # logs parsed or decoded at a stretch, a millisecond or two: COPY and the head live on the same event loop
 FIRST_WINDOW = 2_000  # blocks
 LARGEST_WINDOW = 200_000
 GROW = 4  # times at most, from one window to the next
@@ -161,7 +162,10 @@ class Backfill:
         headers = (
             {h.number: h for h in await headers_of(self._rpc, numbers, self._schedule, self._count)} if numbers else {}
         )
-        logs = timed(raws, self._schedule, headers)
+        logs: list[Log] = []
+        for start in range(0, len(raws), SLICE):
+            logs += timed(raws[start : start + SLICE], self._schedule, headers)
+            await asyncio.sleep(0)
         return checked(logs, low, high, asked, headers, self._count), headers
 
     def _adapt(self, window: Window, found: int) -> None:
@@ -186,11 +190,15 @@ class Backfill:
                 fetched.logs += more
                 fetched.headers |= headers
                 asked |= {token.token: first for token in late}
-            rows = self._decoder.decode(fetched.logs, self._speakers)
-            late = [token for token in rows.tokens if token.token not in asked]
+            tokens = self._decoder.discover(fetched.logs, self._speakers)
+            late = [token for token in tokens if token.token not in asked]
             if not late:
                 break
-        for token in rows.tokens:
+        rows = Decoded(tokens=tokens)
+        for start in range(0, len(fetched.logs), SLICE):
+            self._decoder.read(fetched.logs[start : start + SLICE], self._speakers, tokens, rows)
+            await asyncio.sleep(0)
+        for token in tokens:
             self._speakers.learn(token)
             self._found[token.token] = token
         return rows, asked
