@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/indexer demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/unit tests/integration tests/simulation tests/acceptance $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/acceptance tests/simulation tests/integration tests/unit $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

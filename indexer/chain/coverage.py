@@ -6,7 +6,7 @@ is discovered before its token speaks: one pass then serves factories and tokens
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from indexer.store.coverage import Span
@@ -55,6 +55,37 @@ class Plan:
                 emitter for emitter, spans in self._gaps.items() if any(s.low <= high and s.high >= low for s in spans)
             )
         )
+
+
+TARGET = 4_000  # logs of a window: what a COPY likes, and small enough for several to wait
+GROW = 4  # times at most, from one window to the next
+
+
+class Stride:
+    """How many blocks the next window shall have, from how many logs the last ones held."""
+
+    def __init__(self, first: int, largest: int) -> None:
+        self.blocks, self._largest = first, largest
+
+    def adapt(self, blocks: int, found: int) -> None:
+        """A window of so many blocks held so many logs."""
+        if found > 2 * TARGET:
+            self.blocks = max(1, blocks * TARGET // found)
+        elif blocks >= self.blocks and found < TARGET // 2:
+            grown = blocks * min(GROW, TARGET // max(1, found))
+            self.blocks = min(self._largest, max(self.blocks, grown))
+
+
+def read_before(gaps: Mapping[bytes, Sequence[Span]], starts: Mapping[bytes, int]) -> Callable[[bytes, int], bool]:
+    """(emitter, block) → whether the block was asked for and stored: from `start_block` on, and in no gap."""
+
+    def was_read(emitter: bytes, number: int) -> bool:
+        start = starts.get(emitter)
+        return (
+            start is not None and number >= start and not any(s.low <= number <= s.high for s in gaps.get(emitter, ()))
+        )
+
+    return was_read
 
 
 def union(spans: Iterable[Span]) -> list[Span]:

@@ -7,6 +7,7 @@ a `raw_log` row. Pure: nothing is fetched or stored, and the Speakers are change
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -200,6 +201,12 @@ class Decoder:
     def topics(self) -> frozenset[bytes]:
         """Every topic0 that is known by name."""
         return frozenset(self._readings)
+
+    @property
+    def fingerprint(self) -> bytes:
+        """32 bytes that differ where another set of events, or of shapes of them, can be read."""
+        known = sorted((topic0, reading.name, sorted(reading.shapes)) for topic0, reading in self._readings.items())
+        return hashlib.sha256(repr(known).encode()).digest()
 
     def _add(self, event: Event) -> None:
         reading = self._readings.get(event.topic0)

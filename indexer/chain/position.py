@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+import asyncpg
 import structlog
 
 from indexer.chain.decode import Decoded, Decoder, Speakers
@@ -38,25 +39,24 @@ RECENT = 2_048  # held headers that are remembered without asking the store
 
 
 def configured_emitters(chain: Chain) -> list[Emitter]:
-    """Factories, and hubs once each, as the configuration names them."""
-    emitters = {f.address: Emitter(f.address, "factory", f.address, f.start_block) for f in chain.factories}
+    """Factories and hubs as the configuration names them: one for each factory that an address may speak for."""
+    emitters = [Emitter(f.address, "factory", f.address, f.start_block) for f in chain.factories]
     for factory in chain.factories:
-        hub = factory.event_hub
-        if hub is not None and hub not in emitters:
-            start = min(f.start_block for f in chain.factories if f.event_hub == hub)
-            emitters[hub] = Emitter(hub, "hub", factory.address, start)
-    return list(emitters.values())
+        if factory.event_hub is not None and factory.event_hub != factory.address:
+            emitters.append(Emitter(factory.event_hub, "hub", factory.address, factory.start_block))
+    return emitters
 
 
-def speakers_of(chain: Chain, programmes: list[chains.Programme]) -> Speakers:
-    hubs: dict[bytes, set[bytes]] = {}
-    for factory in chain.factories:
-        if factory.event_hub is not None:
-            hubs.setdefault(factory.event_hub, set()).add(factory.address)
+async def load_speakers(conn: asyncpg.Connection, chain_id: int, upto: int | None = None) -> Speakers:
+    """Who may speak, as the store has it, and not the configuration of this process: a replica that was started with another
+    one must not drop what is then counted as read. `upto`: programmes announced up to that block alone.
+    """
+    configured = await chains.load_speakers(conn, chain_id)
+    programmes = await chains.load_programmes(conn, chain_id, upto)
     return Speakers(
-        chain.chain_id,
-        [factory.address for factory in chain.factories],
-        hubs,
+        chain_id,
+        [address for address, factories in configured.items() if address in factories],
+        {address: others for address, factories in configured.items() if (others := factories - {address})},
         {p.token: (p.factory, p.issuer, p.loyalty_id) for p in programmes},
     )
 
@@ -166,8 +166,7 @@ class Position:
     async def _refresh(self, upto: int | None = None) -> None:
         """Filter and speakers from the store: at start, after a rewind, and when history found tokens."""
         emitters = await chains.load_emitters(self._lease.connection, self.chain.chain_id)
-        programmes = await chains.load_programmes(self._lease.connection, self.chain.chain_id, upto)
-        self.gatherer.speakers = speakers_of(self.chain, programmes)
+        self.gatherer.speakers = await load_speakers(self._lease.connection, self.chain.chain_id, upto)
         self.gatherer.filter = frozenset(e.address for e in emitters)
         self._unfollowed = [e.address for e in emitters if e.followed_from is None]
 

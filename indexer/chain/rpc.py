@@ -147,6 +147,23 @@ class Rpc:
         """Logs of these emitters in a range (inclusive, both given as heights), in one request as it stands."""
         return await self._transport.call(_logs_call(addresses, from_block, to_block, topics))
 
+    async def logs_beside(
+        self, addresses: Sequence[bytes], from_block: int, to_block: int, topics: Topics | None, number: int
+    ) -> tuple[list[RawLog], RawHeader | None]:
+        """As `logs`, and the header at `number` out of the same batch; after them, where the node takes no batches.
+
+        The header shows which chain the logs are of, and None that the node does not hold that block: whoever asks knows
+        its hash.
+        """
+        ask, beside = _logs_call(addresses, from_block, to_block, topics), _header_call(number)
+        if not self.limits.batching or self.limits.max_batch < 2:
+            logs = await self._transport.call(ask)
+            return logs, await self._header(beside, number)
+        answers = await self._batch([ask, beside])
+        if isinstance(answers[0], RpcError):
+            raise answers[0]
+        return answers[0], self._checked_header(beside, number, answers[1])
+
     async def logs_of(
         self, block_hash: Hash32, addresses: Sequence[bytes], topics: Topics | None = None
     ) -> list[RawLog]:
@@ -206,13 +223,19 @@ class Rpc:
         return Poll(latest, at_cursor, end, logs)
 
     def log_ranges(
-        self, addresses: Sequence[bytes], from_block: int, to_block: int, topics: Topics | None = None
+        self,
+        addresses: Sequence[bytes],
+        from_block: int,
+        to_block: int,
+        topics: Topics | None = None,
+        beside: int | None = None,
     ) -> LogRange:
         """`async for part in rpc.log_ranges(…)`: the range in parts that this endpoint answers, each complete, in order.
 
-        Each part is (from_block, to_block, logs). A part that was given is done; an error leaves the rest unasked.
+        Each part is (from_block, to_block, logs, beside). A part that was given is done; an error leaves the rest unasked.
+        `beside` is a height: every request for logs brings its header along, as `logs_beside` does.
         """
-        return LogRange(self, self.limits, addresses, from_block, to_block, topics)
+        return LogRange(self, self.limits, addresses, from_block, to_block, topics, beside)
 
     async def logs_adaptive(
         self, addresses: Sequence[bytes], from_block: int, to_block: int, topics: Topics | None = None
@@ -239,9 +262,12 @@ class Rpc:
             except (MethodMissing, BadAnswer, Refused, Unreachable) as refusal:
                 if refusal.kind in _FOR_ALL and refusal.kind is not Kind.NOT_JSON:
                     raise
-                answers += await self._apart(part)
-                # what works apart and was refused together: a node without batches (a garbled answer proves nothing)
-                if isinstance(refusal, Refused | MethodMissing) or (refusal.status or 200) >= 400:
+                apart = await self._apart(part)
+                answers += apart
+                # what works apart and was refused together: a node without batches (a garbled answer proves nothing, and
+                # a range that is too heavy is too heavy alone)
+                works = not any(isinstance(answer, RpcError) for answer in apart)
+                if works and (isinstance(refusal, Refused | MethodMissing) or (refusal.status or 200) >= 400):
                     self.limits.batching = False
                 continue
             # an item that the answer left out is asked alone: gateways cut batches up and lose parts of them

@@ -10,12 +10,14 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Protocol
+from uuid import UUID
 
-from indexer.chain.backfill import fill_history
+from indexer.chain.backfill import carry_out, fill_history
 from indexer.chain.decode import Decoder
 from indexer.chain.follower import follow
 from indexer.chain.heads import HeadStream
 from indexer.chain.integrity import Outcome
+from indexer.chain.reading import Task
 from indexer.chain.rpc import Rpc
 from indexer.config import Chain
 from indexer.store.leases import Lease
@@ -76,6 +78,17 @@ class ChainRuntime:
             metrics=self._metrics,
             count=self._count,
             progress=self._progress,
+        )
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Of the events that are read: `Decoder.fingerprint`."""
+        return self._decoder.fingerprint
+
+    async def reread(self, lease: Lease, request: UUID) -> None:
+        """What was asked for in table `reread`, until this request is over. Raises WrongChain, LeaseLost."""
+        await carry_out(
+            Task(self._chain, self._rpc, lease, self._wakeups, self._decoder, self._metrics, self._count), request
         )
 
     def _heads(self) -> HeadStream:

@@ -89,6 +89,7 @@ class Part(NamedTuple):
     from_block: int
     to_block: int
     logs: list[RawLog]
+    beside: tuple[RawHeader | None, ...] = ()  # one for each request that the logs came in, where one was asked for
 
 
 class Asks(Protocol):
@@ -99,6 +100,10 @@ class Asks(Protocol):
     async def logs(
         self, addresses: Sequence[bytes], from_block: int, to_block: int, topics: Topics | None = None
     ) -> list[RawLog]: ...
+
+    async def logs_beside(
+        self, addresses: Sequence[bytes], from_block: int, to_block: int, topics: Topics | None, number: int
+    ) -> tuple[list[RawLog], RawHeader | None]: ...
 
     async def header(self, at: int) -> RawHeader | None: ...
 
@@ -116,8 +121,10 @@ class LogRange:
         from_block: int,
         to_block: int,
         topics: Topics | None = None,
+        beside: int | None = None,
     ) -> None:
-        self._rpc, self._limits = rpc, limits
+        self._rpc, self._limits, self._number = rpc, limits, beside
+        self._beside: list[RawHeader | None] = []  # of the part at hand
         self._addresses, self._topics = list(addresses), topics
         self._at, self._to = from_block, to_block
         # density is a matter of the filter: programmes come one by one, so lists of similar length share what was learnt
@@ -130,6 +137,7 @@ class LogRange:
     async def _parts(self) -> AsyncIterator[Part]:
         while self._at <= self._to and self._addresses:
             last = self._at + self._limits.span(self._key, self._to - self._at + 1) - 1
+            self._beside = []
             try:
                 logs = await self._ask(last)
             except RpcError as refusal:
@@ -140,7 +148,7 @@ class LogRange:
             else:
                 self._limits.went_through(self._key, last - self._at + 1)
             self._timeouts = 0
-            part = Part(self._at, last, logs)
+            part = Part(self._at, last, logs, tuple(self._beside))
             self._at = last + 1
             yield part
 
@@ -148,11 +156,18 @@ class LogRange:
         size = self._limits.max_addresses
         chunks = [self._addresses[start : start + size] for start in range(0, len(self._addresses), size)]
         if len(chunks) == 1:
-            return await self._rpc.logs(chunks[0], self._at, last, self._topics)
+            return await self._ask_for(chunks[0], last)
         logs: list[RawLog] = []
         for chunk in chunks:
-            logs += await self._rpc.logs(chunk, self._at, last, self._topics)
+            logs += await self._ask_for(chunk, last)
         return sorted(logs, key=_place)
+
+    async def _ask_for(self, addresses: Sequence[bytes], last: int) -> list[RawLog]:
+        if self._number is None:
+            return await self._rpc.logs(addresses, self._at, last, self._topics)
+        logs, header = await self._rpc.logs_beside(addresses, self._at, last, self._topics, self._number)
+        self._beside.append(header)
+        return logs
 
     def _learn(self, refusal: RpcError, asked: int) -> None:
         """Make the next request smaller, or raise the refusal where that would not help."""
@@ -182,6 +197,8 @@ class LogRange:
                 params=f"block {self._at}",
                 kind=Kind.BLOCK_NOT_FOUND,
             )
+        if self._number is not None:
+            self._beside.append(await self._rpc.header(self._number))
         addresses = {hex0x(address) for address in self._addresses}
         topics = [
             None

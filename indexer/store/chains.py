@@ -33,7 +33,10 @@ class ChainState:
 
 @dataclass(frozen=True, slots=True)
 class Emitter:
-    """A contract whose logs count: `followed_from` is the first block whose head coverage speaks for it."""
+    """A contract whose logs count: `followed_from` is the first block whose head coverage speaks for it.
+
+    As configured, one for each factory that it may speak for; as loaded, one for each address, `factory` the first of them.
+    """
 
     address: Address
     kind: Literal["factory", "hub", "token"]
@@ -59,7 +62,7 @@ def _ref(number: int | None, block_hash: bytes | None) -> BlockRef | None:
     return None if number is None or block_hash is None else BlockRef(number, Hash32(block_hash))
 
 
-async def load_chain(conn: asyncpg.Connection, chain_id: int) -> ChainState | None:
+async def load_chain(conn: Connection, chain_id: int) -> ChainState | None:
     row = await conn.fetchrow(
         """
         SELECT genesis_hash, schedule, head_number, head_hash, head_time_ms, safe_number, safe_hash,
@@ -97,6 +100,19 @@ async def load_emitters(conn: asyncpg.Connection, chain_id: int) -> list[Emitter
         Emitter(Address(r["address"]), r["kind"], Address(r["factory"]), r["start_block"], r["followed_from"])
         for r in rows
     ]
+
+
+async def load_speakers(conn: asyncpg.Connection, chain_id: int) -> dict[bytes, frozenset[bytes]]:
+    """The configured contracts, and the factories that each may speak for."""
+    rows = await conn.fetch(
+        """
+        SELECT r.address, array_agg(r.factory) AS factories
+        FROM indexer.emitter_role AS r JOIN indexer.emitter AS e ON e.chain_id = r.chain_id AND e.address = r.address AND e.active
+        WHERE r.chain_id = $1 GROUP BY r.address
+        """,
+        chain_id,
+    )
+    return {r["address"]: frozenset(r["factories"]) for r in rows}
 
 
 async def any_unfollowed(conn: asyncpg.Connection, chain_id: int) -> bool:
@@ -232,9 +248,11 @@ async def sync_emitters(conn: Connection, chain_id: int, configured: Sequence[Em
     """Makes the configured factories and hubs, and the tokens of these factories, the active emitters.
 
     One that leaves the configuration keeps what was covered: its share of the head lane becomes its own coverage, and
-    `followed_from` is cleared, so that the blocks it misses are a gap if it returns.
+    `followed_from` is cleared, so that the blocks it misses are a gap if it returns. One that may speak for a further factory
+    loses it: what it said of that factory was dropped, so all is read again.
     """
-    addresses = [e.address for e in configured]
+    roles = {(e.address, e.factory): e for e in configured}
+    addresses = list(dict.fromkeys(e.address for e in configured))
     factories = [e.address for e in configured if e.kind == "factory"]
     await conn.execute(
         """
@@ -258,6 +276,12 @@ async def sync_emitters(conn: Connection, chain_id: int, configured: Sequence[Em
         addresses,
         factories,
     )
+    await _sync_roles(conn, chain_id, addresses, list(roles.values()))
+    rows = []
+    for address in addresses:
+        own = [e for e in roles.values() if e.address == address]
+        named = next((e for e in own if e.kind == "factory"), own[0])
+        rows.append((address, named.kind, named.factory, min(e.start_block for e in own)))
     await conn.execute(
         """
         INSERT INTO indexer.emitter AS e (chain_id, address, kind, factory, start_block)
@@ -267,16 +291,48 @@ async def sync_emitters(conn: Connection, chain_id: int, configured: Sequence[Em
         SET kind = excluded.kind, factory = excluded.factory, start_block = excluded.start_block, active = true
         """,
         chain_id,
-        addresses,
-        [e.kind for e in configured],
-        [e.factory for e in configured],
-        [e.start_block for e in configured],
+        *([row[column] for row in rows] for column in range(4)),
     )
     await conn.execute(
         "UPDATE indexer.emitter SET active = true WHERE chain_id = $1 AND NOT active AND kind = 'token' AND factory = ANY($2::bytea[])",
         chain_id,
         factories,
     )
+
+
+async def _sync_roles(conn: Connection, chain_id: int, addresses: Sequence[Address], roles: Sequence[Emitter]) -> None:
+    """An address that leaves the configuration keeps its roles: nothing is covered while it is away."""
+    columns = ([e.address for e in roles], [e.factory for e in roles], [e.start_block for e in roles])
+    await conn.execute(
+        """
+        DELETE FROM indexer.emitter_role AS r
+        WHERE r.chain_id = $1 AND r.address = ANY($2::bytea[])
+          AND NOT EXISTS (SELECT FROM unnest($3::bytea[], $4::bytea[]) AS w (address, factory)
+                          WHERE w.address = r.address AND w.factory = r.factory)
+        """,
+        chain_id,
+        addresses,
+        *columns[:2],
+    )
+    rows = await conn.fetch(
+        """
+        INSERT INTO indexer.emitter_role AS r (chain_id, address, factory, start_block)
+        SELECT $1, address, factory, start_block FROM unnest($2::bytea[], $3::bytea[], $4::bigint[]) AS w (address, factory, start_block)
+        ON CONFLICT (chain_id, factory, address) DO UPDATE SET start_block = excluded.start_block
+        RETURNING r.address, (xmax = 0) AS added
+        """,
+        chain_id,
+        *columns,
+    )
+    if grown := [row["address"] for row in rows if row["added"]]:
+        await conn.execute(
+            "UPDATE indexer.emitter SET followed_from = NULL WHERE chain_id = $1 AND address = ANY($2::bytea[])",
+            chain_id,
+            grown,
+        )
+        await conn.execute(
+            "DELETE FROM indexer.coverage WHERE chain_id = $1 AND emitter = ANY($2::bytea[])", chain_id, grown
+        )
 
 
 async def set_followed(conn: asyncpg.Connection, chain_id: int, addresses: Sequence[Address], first: int) -> None:

@@ -90,6 +90,32 @@ async def cover(conn: asyncpg.Connection, chain_id: int, claims: Sequence[Covere
         )
 
 
+async def doubt(conn: asyncpg.Connection, chain_id: int, emitters: Sequence[bytes], low: int, high: int) -> None:
+    """What these emitters (HEAD_LANE: the follower's lane) have covered of low … high is `unverified` again, however good its
+    verdict was, so that a second look is owed. What was never read stays a gap.
+    """
+    # coverage_pk: a row per emitter and verdict
+    await conn.execute(
+        """
+        WITH doubted AS (
+            SELECT emitter, range_agg(blocks) * int8multirange(int8range($3, $4, '[]')) AS blocks FROM indexer.coverage
+            WHERE chain_id = $1 AND emitter = ANY($2::bytea[]) AND verdict <> 'unverified' AND blocks && int8range($3, $4, '[]')
+            GROUP BY emitter
+        ), taken AS (
+            UPDATE indexer.coverage AS c SET blocks = c.blocks - doubted.blocks FROM doubted
+            WHERE c.chain_id = $1 AND c.emitter = doubted.emitter AND c.verdict <> 'unverified' AND c.blocks && doubted.blocks
+        )
+        INSERT INTO indexer.coverage AS c (chain_id, emitter, verdict, blocks)
+        SELECT $1, emitter, 'unverified', blocks FROM doubted
+        ON CONFLICT (chain_id, emitter, verdict) DO UPDATE SET blocks = c.blocks + excluded.blocks
+        """,
+        chain_id,
+        list(emitters),
+        low,
+        high,
+    )
+
+
 async def forget_above(conn: asyncpg.Connection, chain_id: int, ancestor: int) -> None:
     """A reorganisation: nothing above `ancestor` was asked of the chain that stands now."""
     # coverage_pk, leading column: a few rows per emitter

@@ -15,52 +15,44 @@ import asyncpg
 import msgspec
 
 from indexer.model.types import Header
-from indexer.store import chains, coverage, tables
+from indexer.store import chains, coverage
 from indexer.store.coverage import HEAD_LANE, Covered, Verdict
+from indexer.store.event_tables import EVENT_TABLES
 
 Row = tuple[Any, ...]
 
-#: The tables of decoded logs, in the order of `Decoded`'s fields.
-EVENT_TABLES = ("programmes", "movements", "transfers", "programme_events", "raw_logs")
-_TABLE = {
-    "programmes": tables.programme,
-    "movements": tables.movement,
-    "transfers": tables.transfer,
-    "programme_events": tables.programme_event,
-    "raw_logs": tables.raw_log,
-}
-_COLUMNS = {name: [c.name for c in table.columns] for name, table in _TABLE.items()}
-_KEY = {name: ", ".join(c.name for c in table.primary_key) for name, table in _TABLE.items()}
-_BLOCK, _LOG_INDEX, _BLOCK_HASH, _TX_HASH = (  # the leading columns are the same everywhere
-    _COLUMNS["movements"].index(column) for column in ("block_number", "log_index", "block_hash", "tx_hash")
+_COLUMNS = {field: list(table.columns) for field, table in EVENT_TABLES.items()}
+_KEY = {field: ", ".join(table.key) for field, table in EVENT_TABLES.items()}
+_BLOCK, _LOG_INDEX, _BLOCK_HASH = (  # the leading columns are the same everywhere
+    _COLUMNS["movements"].index(column) for column in ("block_number", "log_index", "block_hash")
 )
 _SMALL = 200  # rows up to which single upserts in a pipeline beat COPY
 
 # The names come from the declaration, never from outside. A row that returns (the branch won after all) is canonical again.
 _ON_CONFLICT = {
     name: f"ON CONFLICT ({_KEY[name]}) DO UPDATE SET canonical = true WHERE NOT {table.name}.canonical"
-    for name, table in _TABLE.items()
+    for name, table in EVENT_TABLES.items()
 }
 _UPSERT = {
     name: f"INSERT INTO indexer.{table.name} ({', '.join(_COLUMNS[name])}) "  # noqa: S608
     f"VALUES ({', '.join(f'${i + 1}' for i in range(len(_COLUMNS[name])))}) {_ON_CONFLICT[name]}"
-    for name, table in _TABLE.items()
+    for name, table in EVENT_TABLES.items()
 }
-# A second look corrects what the first answer got wrong beside the place: a transaction's hash or index.
+# Another reading corrects what the first answer got wrong beside the place.
 _REPAIR = {
     name: _UPSERT[name].partition(" ON CONFLICT")[0]
     + f" ON CONFLICT ({_KEY[name]}) DO UPDATE SET {', '.join(f'{c} = excluded.{c}' for c in _COLUMNS[name])}"
-    for name in _TABLE
+    for name in EVENT_TABLES
 }
 _UNSTAGE = {
     name: f"INSERT INTO indexer.{table.name} ({', '.join(_COLUMNS[name])}) "  # noqa: S608
     f"SELECT DISTINCT ON ({_KEY[name]}) {', '.join(_COLUMNS[name])} FROM stage_{table.name} {_ON_CONFLICT[name]}"
-    for name, table in _TABLE.items()
+    for name, table in EVENT_TABLES.items()
 }
 
 
 class Rows(Protocol):
-    """Decoded logs as tuples in the column order of `tables.py`: what a decoder hands over."""
+    """Decoded logs as tuples in the column order of `event_tables.py`: what a decoder hands over."""
 
     @property
     def programmes(self) -> Sequence[Row]: ...
@@ -91,20 +83,6 @@ class Place(NamedTuple):
     log_index: int
 
 
-class Stored(NamedTuple):
-    tx_hash: bytes
-    emitter: bytes
-
-
-def places(rows: Rows) -> dict[Place, bytes]:
-    """The logs behind decoded rows, with their transactions' hashes."""
-    return {
-        Place(row[_BLOCK], row[_BLOCK_HASH], row[_LOG_INDEX]): row[_TX_HASH]
-        for name in EVENT_TABLES
-        for row in getattr(rows, name)
-    }
-
-
 @dataclass(frozen=True, slots=True)
 class SomeRows:
     """A part of decoded rows."""
@@ -124,31 +102,6 @@ def only(rows: Rows, wanted: Collection[Place]) -> SomeRows:
             for name in EVENT_TABLES
         )
     )
-
-
-async def stored_events(
-    conn: asyncpg.Connection, chain_id: int, emitters: Sequence[bytes], low: int, high: int
-) -> dict[Place, Stored]:
-    """Canonical logs of the emitters in a range, in any of the event tables."""
-    rows = await conn.fetch(
-        """
-        SELECT block_hash, log_index, block_number, emitter, tx_hash FROM indexer.programme
-        WHERE chain_id = $1 AND block_number BETWEEN $2 AND $3 AND canonical AND emitter = ANY($4::bytea[])
-        UNION SELECT block_hash, log_index, block_number, emitter, tx_hash FROM indexer.movement
-        WHERE chain_id = $1 AND block_number BETWEEN $2 AND $3 AND canonical AND emitter = ANY($4::bytea[])
-        UNION SELECT block_hash, log_index, block_number, emitter, tx_hash FROM indexer.transfer
-        WHERE chain_id = $1 AND block_number BETWEEN $2 AND $3 AND canonical AND emitter = ANY($4::bytea[])
-        UNION SELECT block_hash, log_index, block_number, emitter, tx_hash FROM indexer.programme_event
-        WHERE chain_id = $1 AND block_number BETWEEN $2 AND $3 AND canonical AND emitter = ANY($4::bytea[])
-        UNION SELECT block_hash, log_index, block_number, emitter, tx_hash FROM indexer.raw_log
-        WHERE chain_id = $1 AND block_number BETWEEN $2 AND $3 AND canonical AND emitter = ANY($4::bytea[])
-        """,
-        chain_id,
-        low,
-        high,
-        list(emitters),
-    )  # each branch leans on its table's primary key
-    return {Place(r["block_number"], r["block_hash"], r["log_index"]): Stored(r["tx_hash"], r["emitter"]) for r in rows}
 
 
 # --------------------------------------------------------------------------- writing facts
@@ -204,18 +157,19 @@ async def commit_range(
     headers: Sequence[Header] = (),
     withdraw: Sequence[Place] = (),
     repair: bool = False,
+    touch: tuple[int, int] | None = None,
 ) -> Committed:
     """A range of one's own, beside the head lane: events and the coverage that speaks for them.
 
-    `withdraw` names stored logs that a second look proved wrong: they stop being canonical. `repair`: rows that are there
-    already are overwritten.
+    `withdraw` names stored logs that another reading proved wrong: they stop being canonical, but for those that are among
+    the rows as well. `repair`: rows that are there already are overwritten. `touch`: blocks to look at again, changed or not.
     """
-    numbers = await store_events(conn, chain_id, rows, followed=False, repair=repair)
     gone = await _withdraw(conn, chain_id, withdraw) if withdraw else 0
+    numbers = await store_events(conn, chain_id, rows, followed=False, repair=repair)
     if headers:
         await chains.store_headers(conn, chain_id, headers)
     await coverage.cover(conn, chain_id, covered)
-    touched = [*numbers, *(number for number, _, _ in withdraw)]
+    touched = [*numbers, *(number for number, _, _ in withdraw), *(touch or ())]
     await _announce(conn, chain_id, min(touched, default=None), max(touched, default=None), heads=False)
     return Committed(len(numbers), orphaned_events=gone)
 
@@ -246,7 +200,7 @@ async def store_events(
 
 async def _copy(conn: asyncpg.Connection, name: str, batch: Sequence[Row]) -> None:
     """COPY straight into the table; where some rows are there already, through a temporary one."""
-    table = _TABLE[name].name
+    table = EVENT_TABLES[name].name
     try:
         async with conn.transaction():  # a savepoint
             await conn.copy_records_to_table(table, schema_name="indexer", columns=_COLUMNS[name], records=batch)
@@ -329,7 +283,7 @@ async def _unconfirm(conn: asyncpg.Connection, chain_id: int, ancestor: int) -> 
 async def _withdraw(conn: asyncpg.Connection, chain_id: int, logs: Sequence[Place]) -> int:
     arrays = ([n for n, _, _ in logs], [h for _, h, _ in logs], [i for _, _, i in logs])
     total = 0
-    for table in _TABLE.values():
+    for table in EVENT_TABLES.values():
         # the primary key, by block number
         status = await conn.execute(
             f"""

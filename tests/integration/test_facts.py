@@ -11,7 +11,7 @@ import pytest
 from indexer.chain.decode import COLUMNS, Decoded, Decoder, Speakers
 from indexer.chain.wire import Log
 from indexer.model.types import Address, Hash32, Header
-from indexer.store import chains, coverage, facts
+from indexer.store import chains, coverage, facts, stored
 from indexer.store.chains import Emitter
 from indexer.store.coverage import Covered
 from indexer.store.database import Database
@@ -71,7 +71,7 @@ async def step(
 
 
 async def test_columns_are_those_of_the_decoder() -> None:
-    assert {facts._TABLE[name].name: tuple(columns) for name, columns in facts._COLUMNS.items()} == COLUMNS
+    assert {facts.EVENT_TABLES[name].name: tuple(columns) for name, columns in facts._COLUMNS.items()} == COLUMNS
 
 
 async def test_a_step_stores_blocks_events_emitters_coverage_and_cursor(conn: asyncpg.Connection) -> None:
@@ -174,8 +174,8 @@ async def test_a_withdrawn_log_is_not_canonical_and_a_repaired_one_is_right(conn
         )
     rows = await conn.fetch("SELECT log_index, canonical, tx_hash FROM indexer.movement ORDER BY 1")
     assert [tuple(row) for row in rows] == [(0, True, b"\x07" * 32), (1, False, bytes(32))]
-    stored = await facts.stored_events(conn, CHAIN, [FACTORY], 1, 9)
-    assert {place[:1] + place[2:] for place in stored} == {(2, 0), (5, 0)}
+    found = await stored.readings(conn, CHAIN, [FACTORY], 1, 9)
+    assert {place[:1] + place[2:] for place in found} == {(2, 0), (5, 0)}
 
 
 async def test_the_first_latch_stays(conn: asyncpg.Connection) -> None:

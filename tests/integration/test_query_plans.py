@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -23,7 +23,21 @@ from indexer.model.signal import READY, REVERTED, Signal
 from indexer.model.types import Address, Hash32, Header
 from indexer.settlement.loop import tell_unmatched
 from indexer.settlement.reconciler import reconcile
-from indexer.store import chains, coverage, deliveries, facts, functions, operations, overview, queries, signals
+from indexer.store import (
+    chains,
+    coverage,
+    deliveries,
+    facts,
+    feed,
+    functions,
+    operations,
+    overview,
+    programmes,
+    queries,
+    signals,
+    stored,
+    webhooks,
+)
 from indexer.store.coverage import Covered
 from indexer.telemetry import Metrics
 from tests.bench.population import (
@@ -49,7 +63,7 @@ POPULATION = Population(operations=60_000, idle=30_000, transfers=50_000)
 LARGE = 20_000  # rows: below, a scan from end to end may well be the best plan; and what one statement may read
 PLANNING = 50.0  # in units of cost: more than PostgreSQL reckons for planning any of these
 
-pytestmark = [pytest.mark.xdist_group("query_plans"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.timeout(300)]
 
 
 class Watched:
@@ -322,6 +336,20 @@ async def test_deliveries_begin_and_end(watched: Watched, conn: asyncpg.Connecti
 async def test_a_signal_is_sent_again(watched: Watched, conn: asyncpg.Connection) -> None:
     signal_id = await conn.fetchval("SELECT id FROM indexer.outbox WHERE brand = $1 AND sequence = 77", BRAND)
     assert await signals.redeliver(watched, signal_id) == ["shop"]  # type: ignore[arg-type]
+    await signals.show_signal(watched, signal_id)  # type: ignore[arg-type]
+    await signals.redeliver_dead(watched, BRAND, "shop")  # type: ignore[arg-type]
+
+
+async def test_endpoints_and_what_they_got(watched: Watched, conn: asyncpg.Connection) -> None:
+    await conn.execute("UPDATE indexer.delivery SET state = 'dead' WHERE sequence % 1000 = 0")
+    await webhooks.list_webhooks(watched)  # type: ignore[arg-type]
+    for state in (None, "pending", "dead", "delivered"):
+        await signals.list_signals(watched, state=state)  # type: ignore[arg-type]
+    await signals.list_signals(watched, brand=BRAND)  # type: ignore[arg-type]
+    await signals.list_signals(watched, operation=operation_id(5))  # type: ignore[arg-type]
+    await deliveries.forget(watched, keep=timedelta(days=30), limit=100)  # type: ignore[arg-type]
+    await deliveries.forget(watched, keep=timedelta(0), limit=100)  # type: ignore[arg-type]
+    await webhooks.enable_webhook(watched, BRAND, "shop")  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------- facts of a chain
@@ -364,7 +392,7 @@ async def test_a_range_is_committed_and_mended(watched: Watched) -> None:
         CHAIN, rows=rows, covered=covered, headers=[header(7)], withdraw=[(9, block_hash(9), 0)],
     )  # fmt: skip
     assert (done.events, done.orphaned_events) == (1000, 1)
-    assert await facts.stored_events(watched, CHAIN, [FACTORY], 1, 1000)  # type: ignore[arg-type]
+    assert await stored.readings(watched, CHAIN, [FACTORY], 1, 1000)  # type: ignore[arg-type]
 
 
 async def test_following_starts_moves_and_prunes(watched: Watched) -> None:
@@ -391,6 +419,14 @@ READS: dict[str, Callable[[Any], Awaitable[Any]]] = {
     "a brand's operations": lambda conn: queries.operations(conn, brand=BRAND),
     "operations by state": lambda conn: queries.operations(conn, brand=BRAND, states=["pending", "ready"]),
     "operations by reference": lambda conn: queries.operations(conn, reference="op-77"),
+    "programmes": lambda conn: programmes.programs(conn),
+    "a brand's programmes": lambda conn: programmes.programs(conn, brand=BRAND),
+    "an issuer's programmes": lambda conn: programmes.programs(conn, issuer=Address(ISSUER)),
+    "a page of the stream": lambda conn: feed.read(conn, BRAND, 30_000, limit=100, max_bytes=10**6),
+    "the stream from its start": lambda conn: feed.read(conn, BRAND, None, limit=100, max_bytes=10**6),
+    "the stream from now on": lambda conn: feed.read(conn, BRAND, None, limit=100, max_bytes=10**6, at_end=True),
+    "news of the stream": lambda conn: feed.news(conn, {BRAND: 59_990, "other": 0}, limit=100),
+    "a page of a wallet's balances": lambda conn: queries.balances(conn, Address(wallet(7))),
     "a wallet's balances": lambda conn: queries.balances_of(conn, Address(wallet(7))),
     "the overview": lambda conn: overview.overview(conn),
 }

@@ -4,14 +4,30 @@ stored, and what happened meanwhile is not lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import pytest
 from structlog.testing import capture_logs
 
+from indexer.chain.schedule import WrongChain
+from indexer.config import Chain
 from indexer.store.database import Database
 from tests.fake_node import FakeChain, FakeNode
-from tests.following import created, eventually, issued, transferred
+from tests.following import (
+    FACTORY,
+    caught_up,
+    chain_config,
+    created,
+    eventually,
+    filling,
+    following,
+    history_filled,
+    issued,
+    stored,
+    transferred,
+    truth,
+)
 from tests.simulation.world import World
 
 MODES = pytest.mark.parametrize("socket", [True, False], ids=["socket", "polling"])
@@ -166,6 +182,120 @@ async def test_history_is_not_read_from_another_chain(database: Database, chain_
             await world.intact()
             assert (await world.state(here), await world.state(elsewhere)) == ("ready", "pending")
             assert await world.trace(here) == ["ready", "finalized"]
+
+
+OTHERS = pytest.mark.parametrize("chain_id", [1, 84532], ids=["another id", "the same id, reset"])
+
+
+@OTHERS
+@pytest.mark.parametrize("batches", [True, False], ids=["batches", "single calls"])
+async def test_history_whose_chain_changes_between_two_windows(
+    database: Database, monkeypatch: pytest.MonkeyPatch, chain_id: int, batches: bool
+) -> None:
+    """The route changes in the middle of a pass that began on the right chain: nothing of the other one is stored, and
+    nothing of it counts as read."""
+    monkeypatch.setattr("indexer.chain.pipeline.FIRST_WINDOW", 10)
+    monkeypatch.setattr("indexer.chain.pipeline.LARGEST_WINDOW", 10)
+    async with FakeNode() as node:
+        node.mine([created(1)])
+        for n in range(1, 100):
+            node.mine([issued(n), transferred()])
+        node.set_tags(safe=95, finalized=90)
+        if not batches:
+            node.max_batch = 1
+        ours, other = node.chain, FakeChain(chain_id, salt=7)
+        other.mine(blocks=2)
+        other.mine([created(1)])
+        for n in range(1, 120):
+            other.mine([issued(1000 + n)])
+        other.safe = other.finalized = 100
+        chain = chain_config(node)
+        async with following(database, node, chain):
+            await caught_up(database, node)
+            await eventually(lambda: _finalized(database, 90))
+        swapped = _swap_at(node, 4, other, chain_id)
+        await _interrupted(database, node, chain)
+        movements = "SELECT block_number, block_hash FROM indexer.movement WHERE canonical AND block_number <= 90"
+        rows = await database.pool.fetch(movements)
+        assert all(ours.canonical[row["block_number"]].hash == row["block_hash"] for row in rows)
+        covered = await database.pool.fetch(
+            "SELECT upper(r) - 1 AS high FROM indexer.coverage, unnest(blocks) AS r WHERE emitter <> ''"
+        )
+        assert swapped() and len(rows) < 89 and all(row["high"] < 90 for row in covered)
+        node.chain, node.chain_id = ours, 84532
+        async with filling(database, node, chain):
+            await history_filled(database, 84532)
+        below = [{place for place in places if place[0] <= 90} for places in (await stored(database), truth(ours))]
+        assert below[0] == below[1]
+
+
+async def test_a_second_look_whose_chain_changes_between_two_windows(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the other chain leaves out was there, and stays; what it holds is not taken for missing."""
+    monkeypatch.setattr("indexer.chain.second_look.WINDOW", 20)
+    async with FakeNode() as node:
+        node.mine([created(1)])
+        for n in range(1, 100):
+            node.mine([issued(n)])
+        node.set_tags(safe=95, finalized=90)
+        ours, other = node.chain, FakeChain(84532, salt=7)
+        other.mine(blocks=2)
+        other.mine([created(1)])
+        for n in range(1, 120):
+            other.mine([issued(1000 + n)])
+        other.safe = other.finalized = 100
+        chain = chain_config(node, second_look_seconds=3600.0)
+        async with following(database, node, chain), filling(database, node, chain):
+            await caught_up(database, node)
+            await eventually(lambda: _finalized(database, 90))
+            await history_filled(database, 84532)
+            await eventually(lambda: _equal(stored(database), truth(ours)))
+        swapped = _swap_at(node, 2, other, 84532)
+        looking = chain_config(node, second_look_seconds=0.05, verify_calls_per_second=1000.0)
+        await _interrupted(database, node, looking)
+        node.chain = ours
+        assert swapped()
+        assert await stored(database) == truth(ours)
+        assert not await database.pool.fetchval(
+            "SELECT blocks && int8range(21, 91) FROM indexer.coverage WHERE verdict = 'second_look' AND emitter = $1",
+            FACTORY,
+        )
+
+
+async def _finalized(database: Database, number: int) -> bool:
+    return bool(await database.pool.fetchval("SELECT finalized_number >= $1 FROM indexer.chain", number))
+
+
+async def _equal(found: Awaitable[object], wanted: object) -> bool:
+    return await found == wanted
+
+
+def _swap_at(node: FakeNode, turn: int, other: FakeChain, chain_id: int) -> Callable[[], bool]:
+    """The node serves the other chain from its `turn`th answer about logs on; whether it does by now."""
+    asked = 0
+
+    def count(_: list[dict[str, str]]) -> bool:
+        nonlocal asked
+        asked += 1
+        if asked == turn:
+            node.chain, node.chain_id = other, chain_id
+        return False
+
+    node.lie("eth_getLogs", lambda _, logs: logs, times=None, when=count)
+    return lambda: asked >= turn
+
+
+async def _interrupted(database: Database, node: FakeNode, chain: Chain) -> None:
+    """History, until it says that it reads nothing from this endpoint."""
+
+    async def said() -> bool:
+        return any("no history is read from it" in str(entry.get("reason")) for entry in logs)
+
+    with capture_logs() as logs, suppress(WrongChain):
+        async with filling(database, node, chain):
+            await eventually(said)
+    node.faults.clear()
 
 
 async def _asked(node: FakeNode, times: int) -> bool:
