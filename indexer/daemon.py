@@ -1,7 +1,8 @@
-"""The daemon: which loops run, under which leases, and how it starts, drains and stops.
+"""The daemon: which loops run, under which leases, and how it starts, reloads, drains and stops.
 
 `serve` is the whole life of a process: database, schema, configuration into tables, HTTP, loops; then until a signal. Loops
-share nothing in memory but wake-ups, and each restarts alone. What a loop does is its own room's business.
+share nothing in memory but wake-ups, and each restarts alone. What a loop does is its own room's business, and what of a
+configuration may change while they run is `reload.py`'s.
 """
 
 from __future__ import annotations
@@ -10,37 +11,39 @@ import asyncio
 import random
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
 
+import asyncpg
 import structlog
 
-from indexer import supervision
+from indexer import maintenance, supervision
 from indexer.api.app import create_app
 from indexer.api.app import serve as serve_http
 from indexer.chain.position import configured_emitters
 from indexer.chain.runtime import ChainRuntime, Progress
-from indexer.config import Brand, Config
+from indexer.config import Brand, Chain, Config, ConfigProblems, Problem, contradictions, unused
 from indexer.model.confidence import Level, Policy
 from indexer.model.matching import WalletRules
 from indexer.observation import SettlementObserver
+from indexer.reload import Reading, adopt
 from indexer.settlement import loop as settlement
 from indexer.settlement.reconciler import BrandRules
 from indexer.signals import sequencer, webhooks
-from indexer.store import schema
-from indexer.store.brands import ConfiguredBrand, sync_brands
+from indexer.store import instance, schema
+from indexer.store.brands import ConfiguredBrand, IssuerMoved, sync_brands
 from indexer.store.chains import sync_chains, sync_emitters
-from indexer.store.database import Database
+from indexer.store.database import DISCONNECTED, Database
 from indexer.store.embedded import EmbeddedPostgres
 from indexer.store.leases import Lease, Leases
 from indexer.store.overview import observe_database
-from indexer.store.signals import WebhookRow, sync_webhooks
 from indexer.store.wakeups import Wakeups
-from indexer.supervision import Supervisor, notify
+from indexer.store.webhooks import WebhookRow, sync_webhooks
+from indexer.supervision import Body, Supervisor, Unit, Units, notify, notify_reloading
 from indexer.telemetry import Metrics
 
+DRAIN_SECONDS = 10.0  # at the most, for attempts at webhooks: TimeoutStopSec of the unit leaves room for it
 GAUGES_SECONDS = 5.0  # between looks at what describes the whole database
 
 log = structlog.get_logger(__name__)
@@ -80,6 +83,7 @@ class Process:
         self.holder = holder
         self.supervisor: Supervisor | None = None
         self.draining = False
+        self.reading = Reading()
 
     def unready(self) -> list[str]:
         return ["the process is stopping"] if self.draining else []
@@ -90,6 +94,7 @@ class Process:
             "version": version("loyalty-settlement-indexer"),
             "holder": self.holder,
             "startedAt": self.started.isoformat().replace("+00:00", "Z"),
+            "configuration": self.reading.told(),
             "tasks": {
                 name: {
                     "state": task.state,
@@ -147,36 +152,31 @@ async def serve(
     announce: Callable[[str, int], None] | None = None,
     progress: Progress | None = None,
     stop: asyncio.Event | None = None,
+    reread: Callable[[], Config] | None = None,
 ) -> None:
     """Runs until SIGTERM, SIGINT or `stop`. `announce` hears host and port once HTTP listens.
 
-    Raises DatabaseUnavailable, SchemaMismatch, EmbeddedError, IssuerMoved: what cannot be healed by waiting in here.
+    `reread` reads the configuration again, on SIGHUP, in a thread; it raises ConfigProblems. Raises DatabaseUnavailable,
+    SchemaMismatch, EmbeddedError, IssuerMoved: what cannot be healed by waiting in here.
     """
     stop = stop or asyncio.Event()
+    reload = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    loop.add_signal_handler(
-        signal.SIGHUP, lambda: log.warning("SIGHUP is ignored: restart to read the configuration again")
-    )
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
     rng = random.Random()  # noqa: S311 - spreads retries, guards nothing
     metrics = Metrics()
     async with AsyncExitStack() as stack:
         database = await stack.enter_async_context(_database(config, embedded))
         await apply_configuration(database, config)
+        await _tell_held(database)
         wakeups = await stack.enter_async_context(Wakeups.listening(database))
         leases = Leases(database, ttl=config.database.lease_seconds, rng=rng)
         process = Process(str(leases.holder))
         supervisor = process.supervisor = Supervisor(leases, metrics, rng)
-        chains = [
-            await stack.enter_async_context(ChainRuntime.open(chain, metrics, wakeups, rng, progress))
-            for chain in config.chains
-        ]
         dispatcher = webhooks.Dispatcher(webhooks.endpoints_of(config.brands), metrics=metrics, rng=rng)
         stack.push_async_callback(dispatcher.close)
-        observer = SettlementObserver(metrics, {chain.chain_id: chain.name for chain in config.chains})
-        explorers = {chain.chain_id: chain.explorer for chain in config.chains if chain.explorer}
-        rules = rules_of(config.brands)
 
         app = create_app(database, metrics, process, wakeups)
         host, port = await stack.enter_async_context(serve_http(app, config.http))
@@ -184,31 +184,164 @@ async def serve(
         if announce is not None:
             announce(host, port)
 
-        bodies: dict[str, supervision.Body] = {
-            settlement.TASK: lambda lease: settlement.settle(lease, wakeups, rules, explorers, observer),
-            sequencer.TASK: lambda lease: sequencer.number(lease, wakeups, metrics),
-            webhooks.TASK: lambda lease: dispatcher.run(lease, wakeups),
-            "gauges": partial(_gauges, database, metrics),
-        }
-        for chain in chains:
-            bodies[f"follow:{chain.chain_id}"] = chain.follow
-            bodies[f"history:{chain.chain_id}"] = chain.fill_history
-        loops = [asyncio.create_task(supervisor.keep(task, body), name=task) for task, body in bodies.items()]
-        loops.append(asyncio.create_task(supervision.watchdog(), name="watchdog"))
-        stack.push_async_callback(_drain, loops, process)
+        works = _Works(database, wakeups, metrics, rng, progress, dispatcher)
+        units = Units(supervisor)
+        stack.push_async_callback(_drain, units, process, dispatcher)
+        await units.become(works.units(config))
+        watchdog = asyncio.create_task(supervision.watchdog(), name="watchdog")
+        stack.callback(watchdog.cancel)
+        reloading = asyncio.create_task(_reloading(config, reread, reload, works, units, process), name="reload")
+        stack.callback(reloading.cancel)
         notify("READY=1")
         await stop.wait()
 
 
-async def _drain(loops: list[asyncio.Task[None]], process: Process) -> None:
-    """Stops the loops; each finishes or rolls back its transaction and gives its lease back."""
+async def _tell_held(database: Database) -> None:
+    """Says at every start what waits for a person since a backup was put back."""
+    async with database.pool.acquire() as conn:
+        for held in await instance.held_brands(conn):
+            log.warning(
+                "claims are held since a backup was put back",
+                brand=held.brand,
+                before=held.before.isoformat(),
+                operations=held.operations,
+                hint="tell the receipts since the backup again, then: indexer restored --release",
+            )
+
+
+class _Works:
+    """What the loops of this process are made of: from a configuration to units."""
+
+    def __init__(
+        self,
+        database: Database,
+        wakeups: Wakeups,
+        metrics: Metrics,
+        rng: random.Random,
+        progress: Progress | None,
+        dispatcher: webhooks.Dispatcher,
+    ) -> None:
+        self.database, self.wakeups, self.metrics, self.rng = database, wakeups, metrics, rng
+        self.progress, self.dispatcher = progress, dispatcher
+
+    def units(self, config: Config) -> dict[str, Unit]:
+        """By name. A unit whose settings are those of the configuration before goes on undisturbed."""
+        rules, retention = rules_of(config.brands), config.retention
+        explorers = {chain.chain_id: chain.explorer for chain in config.chains if chain.explorer}
+        names = {chain.chain_id: chain.name for chain in config.chains}
+        observer = SettlementObserver(self.metrics, names)
+
+        async def settle(lease: Lease) -> None:
+            await settlement.settle(lease, self.wakeups, rules, explorers, observer)
+
+        async def number(lease: Lease) -> None:
+            await sequencer.number(lease, self.wakeups, self.metrics)
+
+        async def deliver(lease: Lease) -> None:
+            await self.dispatcher.run(lease, self.wakeups)
+
+        async def gauges(lease: Lease) -> None:
+            await _gauges(self.database, self.metrics, lease)
+
+        async def maintain(lease: Lease) -> None:
+            await maintenance.maintain(lease, retention, self.metrics)
+
+        units = {
+            settlement.TASK: _alone(settlement.TASK, settle, (rules, explorers, names)),
+            sequencer.TASK: _alone(sequencer.TASK, number),
+            webhooks.TASK: _alone(webhooks.TASK, deliver),  # its endpoints are given to it while it runs
+            "gauges": _alone("gauges", gauges),
+            maintenance.TASK: _alone(maintenance.TASK, maintain, retention),
+        }
+        for chain in config.chains:
+            units[f"chain:{chain.chain_id}"] = Unit(chain, self._chain(chain))
+        return units
+
+    def _chain(self, chain: Chain) -> Callable[[], AbstractAsyncContextManager[Mapping[str, Body]]]:
+        @asynccontextmanager
+        async def opened() -> AsyncIterator[Mapping[str, Body]]:
+            async with ChainRuntime.open(chain, self.metrics, self.wakeups, self.rng, self.progress) as runtime:
+                yield {f"follow:{chain.chain_id}": runtime.follow, f"history:{chain.chain_id}": runtime.fill_history}
+
+        return opened
+
+
+def _alone(task: str, body: Body, settings: object = None) -> Unit:
+    """A unit of one loop that shares nothing."""
+    return Unit(settings, lambda: nullcontext({task: body}))
+
+
+async def _drain(units: Units, process: Process, dispatcher: webhooks.Dispatcher) -> None:
+    """Stops the loops; each finishes or rolls back its transaction and gives its lease back. Attempts at webhooks that are
+    under way have their time first."""
     process.draining = True
     notify("STOPPING=1")
     log.info("stopping")
-    for task in loops:
-        task.cancel()
-    await asyncio.gather(*loops, return_exceptions=True)
+    await dispatcher.drain(DRAIN_SECONDS)
+    await units.stop()
     log.info("stopped")
+
+
+# --------------------------------------------------------------------------- the configuration, read again
+
+
+async def _reloading(
+    config: Config,
+    reread: Callable[[], Config] | None,
+    reload: asyncio.Event,
+    works: _Works,
+    units: Units,
+    process: Process,
+) -> None:
+    """Reads the configuration again whenever `reload` is set, one time after the other."""
+    while True:
+        await reload.wait()
+        reload.clear()
+        notify_reloading()
+        try:
+            if reread is None:
+                log.warning("there is no configuration to read again")
+            else:
+                config = await _reread(config, reread, works, units, process)
+        except Exception:
+            log.exception("the configuration was not read again: the one before stays in effect")
+        finally:
+            notify("READY=1")
+
+
+async def _reread(
+    config: Config, reread: Callable[[], Config], works: _Works, units: Units, process: Process
+) -> Config:
+    """Puts into effect what the file says now. Returns the configuration in effect: where anything is wrong, the one before."""
+
+    def keep(problems: list[Problem]) -> Config:
+        log.error(
+            "the configuration cannot be used: the one before stays in effect", problems=[str(p) for p in problems]
+        )
+        process.reading.failed(problems)
+        return config
+
+    try:
+        adopted = adopt(config, await asyncio.to_thread(reread))
+    except ConfigProblems as error:
+        return keep(list(error.problems))
+    if problems := contradictions(adopted.config):
+        return keep([*adopted.refused, *problems])
+    try:
+        await apply_configuration(works.database, adopted.config)
+    except IssuerMoved as error:
+        return keep([Problem("brands", str(error))])
+    except (TimeoutError, asyncpg.PostgresError, *DISCONNECTED) as error:
+        return keep([Problem("", f"the database does not take it: {error}", "send SIGHUP again")])
+    works.dispatcher.configure(webhooks.endpoints_of(adopted.config.brands))
+    began = await units.become(works.units(adopted.config))
+    for problem in adopted.refused:
+        log.warning("not applied", setting=problem.where, reason=problem.what, hint=problem.hint)
+    for warning in (*adopted.config.warnings, *unused(adopted.config)):
+        log.warning("configuration", warning=str(warning))
+    process.reading.applied(adopted.refused)
+    log.info("the configuration was read again", restarted=began, refused=len(adopted.refused))
+    return adopted.config
 
 
 async def _gauges(database: Database, metrics: Metrics, lease: Lease) -> None:

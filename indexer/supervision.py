@@ -1,7 +1,8 @@
 """Keeps loops running: each under its lease, restarted with back-off when it fails, while the others go on.
 
-A loop that fails says so once per failure, in the log, in a counter and in `/v1/status`. systemd hears that the process
-is ready, alive and stopping. What the loops do is theirs.
+A loop that fails says so once per failure, in the log, in a counter and in `/v1/status`. Loops that share something are a
+unit: it begins and ends as a whole, and a reload leaves a unit alone whose settings are the same. systemd hears that the
+process is ready, reloading, alive and stopping. What the loops do is theirs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import asyncio
 import os
 import random
 import socket
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final
@@ -18,12 +21,23 @@ from typing import Final
 import asyncpg
 import structlog
 
+from indexer.store.database import DatabaseUnavailable
 from indexer.store.leases import Lease, LeaseLost, Leases
 from indexer.telemetry import Metrics
 
 FIRST_PAUSE: Final = 0.25  # seconds
 LONGEST_PAUSE: Final = 30.0
+WITHOUT_DATABASE: Final = 1.0  # the longest pause while PostgreSQL is away: its return shall not be waited out
 GOOD_RUN: Final = 60.0  # a loop that ran so long has recovered: its next failure is a first one
+
+# PostgreSQL is stopping, starting, or not there.
+AWAY: Final = (
+    DatabaseUnavailable,
+    asyncpg.CannotConnectNowError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.PostgresConnectionError,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -80,9 +94,11 @@ class Supervisor:
                 state.become("failed")
                 state.failure = f"{type(error).__name__}: {error}"
                 self._metrics.loop_restarts.labels(task, type(error).__name__).inc()
+                if isinstance(error, AWAY) and not getattr(error, "lasting", False):
+                    pause = min(pause, WITHOUT_DATABASE)
                 # a full disk, too many connections: the server's own words say it, and no line of ours is to blame
                 known = getattr(error, "explains_itself", False) or isinstance(
-                    error, (OSError, TimeoutError, asyncpg.InsufficientResourcesError)
+                    error, (OSError, TimeoutError, asyncpg.InsufficientResourcesError, *AWAY)
                 )
                 log.error(
                     "task failed", task=task, error=state.failure, retry_seconds=round(pause, 2), exc_info=not known
@@ -95,6 +111,80 @@ class Supervisor:
             await asyncio.sleep(pause * self._rng.uniform(0.5, 1.0))
             pause = min(pause * 2, LONGEST_PAUSE)
 
+    def forget(self, tasks: Iterable[str]) -> None:
+        """These are not kept any more."""
+        for task in tasks:
+            self.tasks.pop(task, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Loops that begin and end together. `open` makes what they share and yields their bodies by task."""
+
+    settings: object  # what they were made of: where it is equal, a reload leaves them alone
+    open: Callable[[], AbstractAsyncContextManager[Mapping[str, Body]]]
+
+
+class Units:
+    """The units of this process, by name."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self._running: dict[str, tuple[Unit, asyncio.Task[None]]] = {}
+
+    async def become(self, wanted: Mapping[str, Unit]) -> list[str]:
+        """Ends what is not wanted any more, or not with these settings, and begins what is missing. Returns what began.
+
+        Raises what a unit raises that cannot be opened; the others run.
+        """
+        await self.stop(
+            *(
+                name
+                for name, (unit, _) in self._running.items()
+                if name not in wanted or wanted[name].settings != unit.settings
+            )
+        )
+        opened = {
+            name: self._begin(name, unit, asyncio.get_running_loop().create_future())
+            for name, unit in wanted.items()
+            if name not in self._running
+        }
+        await asyncio.gather(*opened.values())
+        return list(opened)
+
+    async def stop(self, *names: str) -> None:
+        """Ends these units, all of them where none is named: each loop finishes or rolls back, and gives its lease back."""
+        ending = [self._running.pop(name)[1] for name in names or list(self._running) if name in self._running]
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
+
+    def _begin(self, name: str, unit: Unit, opened: asyncio.Future[None]) -> asyncio.Future[None]:
+        self._running[name] = (unit, asyncio.create_task(self._run(unit, opened), name=name))
+        return opened
+
+    async def _run(self, unit: Unit, opened: asyncio.Future[None]) -> None:
+        bodies: Mapping[str, Body] = {}
+        try:
+            async with unit.open() as bodies:
+                loops = [
+                    asyncio.create_task(self._supervisor.keep(task, body), name=task) for task, body in bodies.items()
+                ]
+                opened.set_result(None)
+                try:
+                    await asyncio.gather(*loops)
+                finally:
+                    for loop in loops:
+                        loop.cancel()
+                    await asyncio.gather(*loops, return_exceptions=True)
+        except Exception as error:
+            if opened.done():
+                raise
+            opened.set_exception(error)
+        finally:
+            opened.cancel()
+            self._supervisor.forget(bodies)
+
 
 def notify(message: str) -> None:
     """Tells systemd (sd_notify(3)): READY=1, STOPPING=1, WATCHDOG=1, STATUS=…. Nothing where there is no systemd."""
@@ -106,6 +196,11 @@ def notify(message: str) -> None:
             sender.sendto(message.encode(), "\0" + address[1:] if address.startswith("@") else address)
         except OSError as error:
             log.warning("systemd does not hear us", reason=str(error))
+
+
+def notify_reloading() -> None:
+    """Says that a reload begins; READY=1 ends it. The time is what Type=notify-reload asks for."""
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
 
 async def watchdog() -> None:

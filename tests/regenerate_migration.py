@@ -45,7 +45,7 @@ depends_on = None
 ROLES = ("loyalty_daemon", "loyalty_reader", "loyalty_brand")
 
 # In this order: views may call functions, and grants come last.
-CONTRACT = ("functions.sql", "views.sql", "grants.sql")
+CONTRACT = ("functions.sql", "restoration.sql", "fulfilment.sql", "views.sql", "grants.sql")
 
 CREATE_ROLE = """
 DO $$
@@ -57,20 +57,9 @@ BEGIN
 EXCEPTION
   WHEN duplicate_object OR unique_violation THEN NULL;  -- another database of this server, at the same moment
   WHEN insufficient_privilege THEN
-    RAISE EXCEPTION 'this user may not create roles: let a superuser run  CREATE ROLE loyalty_daemon; CREATE ROLE loyalty_reader; CREATE ROLE loyalty_brand;  and migrate again'
+    RAISE EXCEPTION 'this user may not create roles (it has no CREATEROLE): let a superuser run  CREATE ROLE loyalty_daemon; CREATE ROLE loyalty_reader; CREATE ROLE loyalty_brand; GRANT loyalty_brand, loyalty_reader TO % WITH ADMIN OPTION;  and migrate again', quote_ident(current_user)
       USING ERRCODE = 'insufficient_privilege';
 END $$
-"""
-
-GRANTS = """
-REVOKE ALL ON ALL FUNCTIONS IN SCHEMA loyalty FROM PUBLIC;
-GRANT USAGE ON SCHEMA indexer, loyalty TO loyalty_daemon;
-GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA indexer TO loyalty_daemon;
-REVOKE INSERT, UPDATE, DELETE ON indexer.alembic_version FROM loyalty_daemon;
-GRANT USAGE ON ALL SEQUENCES IN SCHEMA indexer TO loyalty_daemon;
-GRANT SELECT ON ALL TABLES IN SCHEMA loyalty TO loyalty_daemon;
-GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA indexer, loyalty TO loyalty_daemon;
-ALTER DEFAULT PRIVILEGES IN SCHEMA indexer GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO loyalty_daemon;
 """
 
 # The contract keeps views and functions of its own beside the tables.
@@ -105,9 +94,7 @@ def upgrade() -> None:
     op.execute("CREATE SCHEMA loyalty")
     contract = files("indexer.store").joinpath("contract")
     for name in CONTRACT:
-        if contract.joinpath(name).is_file():
-            execute_script(contract.joinpath(name).read_text(encoding="utf-8"))
-    execute_script(GRANTS)
+        execute_script(contract.joinpath(name).read_text(encoding="utf-8"))
 
 
 def downgrade() -> None:

@@ -47,14 +47,18 @@ class World:
 
     @classmethod
     @asynccontextmanager
-    async def at(cls, dsn: str, rules: Mapping[str, BrandRules] | None = None) -> AsyncIterator[World]:
+    async def at(
+        cls, dsn: str, rules: Mapping[str, BrandRules] | None = None, *, found: bool = True
+    ) -> AsyncIterator[World]:
+        """`found` False: the database holds a world already."""
         conn = await asyncpg.connect(dsn)
         await conn.set_type_codec(
             "jsonb", schema="pg_catalog", encoder=lambda v: msgspec.json.encode(v).decode(), decoder=msgspec.json.decode
         )
         world = cls(conn, rules or {})
         try:
-            await world.found()
+            if found:
+                await world.found()
             yield world
         finally:
             await conn.close()
@@ -68,6 +72,11 @@ class World:
         )
         await self.conn.execute(
             "INSERT INTO indexer.emitter (chain_id, address, kind, factory, start_block, followed_from) VALUES ($1, $2, 'factory', $2, 0, 0)",
+            CHAIN,
+            FACTORY,
+        )
+        await self.conn.execute(
+            "INSERT INTO indexer.emitter_role (chain_id, address, factory, start_block) VALUES ($1, $2, $2, 0)",
             CHAIN,
             FACTORY,
         )
@@ -204,7 +213,7 @@ class World:
 
     async def unmatched(self, quiet_ms: int = 0, limit: int = 500) -> int:
         async with self.conn.transaction():
-            return await tell_unmatched(self.conn, quiet_ms, limit)
+            return (await tell_unmatched(self.conn, quiet_ms, limit)).signals
 
     async def operation(self, operation: UUID) -> asyncpg.Record:
         row = await self.conn.fetchrow("SELECT * FROM indexer.operation WHERE id = $1", operation)

@@ -6,7 +6,7 @@ reads it.
 
 from __future__ import annotations
 
-from indexer.config.checks import followed_chain, unused
+from indexer.config.checks import contradictions, followed_chain, unused
 from indexer.config.load import load
 from indexer.config.schema import json_schema
 from indexer.config.tree import (
@@ -23,6 +23,7 @@ from indexer.config.tree import (
     Policy,
     Problem,
     Qiibee,
+    Retention,
     Webhook,
 )
 from indexer.config.values import SIGNAL_TYPES
@@ -42,7 +43,9 @@ __all__ = [
     "Policy",
     "Problem",
     "Qiibee",
+    "Retention",
     "Webhook",
+    "contradictions",
     "followed_chain",
     "json_schema",
     "load",

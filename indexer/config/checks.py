@@ -36,7 +36,7 @@ def disagreements(tree: dict[str, Any]) -> list[Problem]:
         factories = [(f"{at}.{where}.address", _lower(f.get("address"))) for where, f in _tables(chain, "factories")]
         problems += _repeated(factories, "the chain has this factory already")
         witnesses, rpc = chain.get("witnesses"), chain.get("rpc")
-        if isinstance(rpc, list) and rpc and _number(witnesses) > len(rpc):
+        if isinstance(rpc, list | tuple) and rpc and _number(witnesses) > len(rpc):
             problems.append(
                 Problem(
                     f"{at}.witnesses",
@@ -69,7 +69,25 @@ def disagreements(tree: dict[str, Any]) -> list[Problem]:
                         "lower it, or raise database.lease_seconds",
                     )
                 )
-    return problems
+    return problems + list(_of_retention(tree))
+
+
+def _of_retention(tree: dict[str, Any]) -> Iterator[Problem]:
+    retention = tree.get("retention")
+    if not isinstance(retention, dict):
+        return
+    signals, deliveries = retention.get("signals_days"), retention.get("deliveries_days", 90.0)
+    if _number(signals) < _number(deliveries):
+        yield Problem(
+            "retention.signals_days",
+            f"signals of {signals} days would go before their deliveries, which are kept for {deliveries}",
+            "raise it, or lower retention.deliveries_days",
+        )
+
+
+def contradictions(config: Config) -> list[Problem]:
+    """The same of a tree whose values are right one by one: such as one put together of two readings."""
+    return disagreements(config.model_dump())
 
 
 def warnings(config: Config) -> list[Problem]:
@@ -230,7 +248,7 @@ def _tables(node: dict[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any
 
 def _items(node: dict[str, Any], key: str) -> Iterator[tuple[int, Any]]:
     value = node.get(key)
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         yield from enumerate(value)
 
 

@@ -13,6 +13,7 @@ Place = tuple[str | int, ...]
 _TABLES = {
     "Database": "database",
     "Http": "http",
+    "Retention": "retention",
     "Chain": "[chains]",
     "Endpoint": "chains.rpc",
     "Factory": "chains.factories",

@@ -6,6 +6,7 @@ is left to `load.py`, and whether tables agree with each other to `checks.py`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
@@ -31,9 +32,11 @@ from indexer.config.values import (
     Confidence,
     Count,
     DatabaseUrl,
+    Days,
     Delay,
     Event,
     HashHex,
+    Hours,
     HttpUrl,
     Kind,
     Listen,
@@ -231,6 +234,9 @@ class Webhook(Section):
     timeout_seconds: Seconds = Field(
         default=10.0, description="Time limit of one attempt; shorter than database.lease_seconds."
     )
+    pause_after_hours: Hours = Field(
+        default=72.0, description="An endpoint at which everything has failed for so long is paused."
+    )
 
     @field_validator("url")
     @classmethod
@@ -238,10 +244,21 @@ class Webhook(Section):
         if "allow" not in info.data:  # wrong itself, and reported
             return url
         allow, parts = info.data["allow"], urlsplit(url)
-        host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname or ""
+        if "@" in parts.netloc:
+            refuse(
+                "a user or password in a webhook's URL is not supported: its signature authenticates",
+                "take user:password@ out; where the receiver needs a key besides, put it in the path",
+            )
+        host = (parts.hostname or "").removesuffix(".")
+        host = "127.0.0.1" if host == "localhost" or host.endswith(".localhost") else host
         try:
             target = ip_address(host)
         except ValueError:
+            if re.fullmatch(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)", host):
+                refuse(
+                    "the host is a number, which systems read as an address in different ways",
+                    "write an address as four decimal numbers: 192.0.2.7",
+                )
             covered, private = bool(allow), False  # a name: its addresses are judged whenever it is resolved
         else:
             covered, private = any(target in ip_network(network) for network in allow), not target.is_global
@@ -327,6 +344,22 @@ class Brand(Section):
     webhooks: tuple[Webhook, ...] = Field(default=(), max_length=64, description="Where the brand's signals go.")
 
 
+class Retention(Section):
+    """For how many days what is over is kept. Operations, their history, receipts and decisions stay."""
+
+    deliveries_days: Days = Field(
+        default=90.0, description="Attempts at webhooks, and deliveries that have ended; dead letters too."
+    )
+    orphans_days: Days = Field(
+        default=30.0,
+        description="Blocks and events that a reorganisation undid, once finalized history has passed them.",
+    )
+    signals_days: Days | None = Field(
+        default=None,
+        description="Signals that every endpoint is done with; unset: for ever. The pull stream begins there.",
+    )
+
+
 class Config(Section):
     """The whole configuration. Equal when every value is equal, wherever it came from."""
 
@@ -337,6 +370,7 @@ class Config(Section):
     )
     database: Database = Field(default=Database(), description="PostgreSQL.")
     http: Http = Field(default=Http(), description="The HTTP server.")
+    retention: Retention = Field(default=Retention(), description="How long what is over is kept.")
     chains: tuple[Chain, ...] = Field(default=(), max_length=32, description="EVM chains to follow.")
     brands: tuple[Brand, ...] = Field(default=(), max_length=1000, description="Brands to settle for.")
 

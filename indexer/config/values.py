@@ -194,6 +194,8 @@ AmountText = Annotated[Amount, BeforeValidator(_amount), WithJsonSchema({"type":
 Count = Annotated[int, BeforeValidator(_not_bool)]
 Seconds = Annotated[float, BeforeValidator(_not_bool), Field(gt=0, le=31_622_400, allow_inf_nan=False)]
 Delay = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, le=31_622_400, allow_inf_nan=False)]
+Hours = Annotated[float, BeforeValidator(_not_bool), Field(ge=1, le=8_784, allow_inf_nan=False)]
+Days = Annotated[float, BeforeValidator(_not_bool), Field(ge=1, le=36_500, allow_inf_nan=False)]
 Rate = Annotated[float, BeforeValidator(_not_bool), Field(gt=0, le=100_000, allow_inf_nan=False)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 SocketUrl = Annotated[str, AfterValidator(_socket_url)]

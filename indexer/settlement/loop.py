@@ -6,6 +6,7 @@ Woken by facts, heads and registrations, and by a sweep each second in case a wa
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from uuid import UUID
 
 import asyncpg
@@ -14,6 +15,7 @@ import structlog
 from indexer.model import signal as signals
 from indexer.model.confidence import Alarm
 from indexer.settlement.reconciler import BrandRules, Observer, Pass, reconcile
+from indexer.settlement.reconsider import Reconsideration
 from indexer.store import operations as store
 from indexer.store.connection import Connection
 from indexer.store.leases import Lease
@@ -53,6 +55,7 @@ async def settle(
 ) -> None:
     """Runs until cancelled, or until the lease is lost (LeaseLost)."""
     idle, batch, careful = 0, BATCH, 0
+    reconsideration = Reconsideration(rules)
     while True:
         done = Pass()
         try:
@@ -76,12 +79,16 @@ async def settle(
             observer.repeated(movement)
         if done.backlog:
             continue
+        if not reconsideration.done:  # only where nothing else waits: news goes first
+            async with lease.transaction() as conn:
+                await reconsideration.step(conn)
+            continue
         if idle % UNMATCHED_EVERY == 0:
             async with lease.transaction() as conn:
-                found = await tell_unmatched(conn, unmatched_quiet_ms)
-            if found:
+                told = await tell_unmatched(conn, unmatched_quiet_ms)
+            if told.signals:
                 wakeups.poke("settled")
-            if found >= UNMATCHED_AT_ONCE:
+            if told.more:
                 continue
         idle += 1
         await wakeups.wait(("facts", "heads", "registered"), SWEEP_SECONDS)
@@ -96,21 +103,29 @@ async def _put_off(lease: Lease) -> list[str]:
     return [str(operation) for operation in ids]
 
 
-async def tell_unmatched(conn: Connection, quiet_ms: int, limit: int = UNMATCHED_AT_ONCE) -> int:
-    """Signals evidence of our issuers, safe and older than `quiet_ms`, that no operation claims. Returns how many."""
+@dataclass(frozen=True, slots=True)
+class Unmatched:
+    """One look for evidence that nobody claims: how many signals it made, and whether another look finds more at once."""
+
+    signals: int
+    more: bool
+
+
+async def tell_unmatched(conn: Connection, quiet_ms: int, limit: int = UNMATCHED_AT_ONCE) -> Unmatched:
+    """Signals evidence of our issuers, safe and older than `quiet_ms`, that no operation claims."""
     clock_ms = await store.now_ms(conn)
-    told = 0
+    told, more = 0, False
     for chain in (await store.heads(conn)).values():
         if chain.latched or chain.safe_number < 0:
             continue
-        found, cursor = await store.unmatched_due(conn, chain, clock_ms, quiet_ms, limit)
+        found, cursor, unread = await store.unmatched_due(conn, chain, clock_ms, quiet_ms, limit)
         spoken_for: set[UUID] = set()
         if found:
             spoken_for = await store.contested(conn, [movement for _, movement in found])
             # a second event of an identity that has settled is no unmatched one
             spoken_for |= await store.claimed(conn, [movement.id for _, movement in found])
         new = [signals.unmatched_signal(m, brand, clock_ms) for brand, m in found if m.id not in spoken_for]
-        await append(conn, new)
+        told += len(await append(conn, new))
+        more = more or unread
         await store.move_unmatched_cursor(conn, chain.chain_id, cursor)
-        told += len(new)
-    return told
+    return Unmatched(told, more)

@@ -18,6 +18,7 @@ from indexer.model.evidence import Movement
 from indexer.model.matching import Claim, Conflict, Matching, WalletRules, match
 from indexer.model.operation import Leg, LegFacts, Situation, State, situation, steps
 from indexer.model.signal import Signal
+from indexer.model.types import hex0x
 from indexer.settlement.expiry import certainly_expired
 from indexer.store import operations as store
 from indexer.store.connection import Connection
@@ -86,10 +87,12 @@ async def reconcile(
     done.repeated = matching.repeated
     changes = Changes()
     desk = _Desk(conn, rules, explorers, heads, around, matching, changes, done)
+    spoken_for = desk.spoken_for()
     for operation in around.operations.values():
         await desk.settle(operation)
     desk.touch_neighbours()
     await store.store(conn, changes)
+    await store.look_again(conn, desk.freed(spoken_for))
     await append(conn, done.signals)
     return done
 
@@ -153,7 +156,7 @@ class _Desk:
         heads = self.heads.get(leg.chain_id, Heads(leg.chain_id))
         if claim is not None:
             movement, policy = self.movements[claim.evidence_id], self._policy(leg, claim.basis)
-            settled = reached(policy, movement, heads)
+            settled = reached(policy, movement, heads) or self._stands(operation, movement)
             if not settled:
                 alarms += alarms_for(policy, movement)
             return LegFacts(evidence=True, settled=settled, decided=claim.basis == "decision")
@@ -175,6 +178,16 @@ class _Desk:
             return LegFacts()
         alarms.append(Alarm(0, "clock_ms", self.done.now_ms + RETRY_MS))
         return LegFacts()
+
+    def _stands(self, operation: Operation, movement: Movement) -> bool:
+        """Whether a promise that nothing has taken back rests on this very log. Rules decide when to promise; a stricter policy,
+        or a head that a reorganisation further up made shorter, takes nothing back."""
+        if operation.state not in (State.READY, State.FULFILLED):
+            return False
+        block = {"chainId": str(movement.chain_id), "blockHash": hex0x(movement.block_hash)}
+        return str(movement.id) in (operation.detail.get("standing") or []) and any(
+            block.items() <= held.items() for held in operation.detail.get("blocks") or []
+        )
 
     # ------------------------------------------------------------------ claims
 
@@ -212,6 +225,19 @@ class _Desk:
         }
         recorded = {entry for entry in self.around.contested if entry[:2] in legs}
         self.changes.touched |= {entry[0] for entry in contested ^ recorded}
+
+    def spoken_for(self) -> set[UUID]:
+        """Evidence that a claim or a conflict on record names; to be asked before the operations are settled."""
+        named = {claim.evidence_id for claim in self.around.claims} | {entry[2] for entry in self.around.contested}
+        for operation in self.around.operations.values():
+            named |= {UUID(conflict["evidenceId"]) for conflict in operation.detail.get("conflicts") or []}
+        return named
+
+    def freed(self, spoken_for: set[UUID]) -> list[Movement]:
+        """Of that evidence, what is canonical still and nobody's any more: it is unmatched now, and may never have been told."""
+        found = [*self.matching.conflicts.values(), *self.matching.held.values()]
+        taken = {claim.evidence_id for claim in self.matching.claims.values()} | {one.evidence.id for one in found}
+        return [m for m in self.around.movements if m.id in spoken_for and m.id not in taken]
 
     # ------------------------------------------------------------------ states
 
@@ -465,7 +491,7 @@ class _Desk:
                         else "evidence",
                     }
                 )
-            elif not reached(
+            elif operation.state not in (State.READY, State.FULFILLED) and not reached(
                 policy, self.movements[claim.evidence_id], self.heads.get(leg.chain_id, Heads(leg.chain_id))
             ):
                 told.append({**demand, "for": "confidence"})

@@ -1,10 +1,15 @@
-"""Brands and their issuers as configured, where SQL can see them: an issuer belongs to one brand."""
+"""Brands and their issuers as configured, where SQL can see them: an issuer belongs to one brand.
+
+Also under which settling rules a brand's operations were last looked at, and the way through those that other rules concern.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
+from typing import Final
+from uuid import UUID
 
 from indexer.model.types import Address, hex0x
 from indexer.store.connection import Connection
@@ -73,3 +78,70 @@ async def sync_brands(conn: Connection, brands: Sequence[ConfiguredBrand]) -> No
         list(wanted),
         list(wanted.values()),
     )
+
+
+# --------------------------------------------------------------------------- rules that changed
+
+# States in which rules still decide something; `ready` and `fulfilled` have been promised.
+UNSETTLED: Final = ("pending", "submitted", "confirming", "incomplete", "conflict", "reverted")
+
+Walked = tuple[datetime, UUID]  # registered_at and id of the last operation
+_FIRST: Final[Walked] = (datetime(1970, 1, 1, tzinfo=UTC), UUID(int=0))
+
+
+async def rules_seen(conn: Connection) -> dict[str, str | None]:
+    """By brand, the fingerprint of the rules that all its open operations were looked at under."""
+    return {row["name"]: row["rules"] for row in await conn.fetch("SELECT name, rules FROM indexer.brand")}
+
+
+async def set_rules_seen(conn: Connection, marks: Mapping[str, str]) -> None:
+    await conn.execute(
+        "UPDATE indexer.brand b SET rules = m.rules FROM unnest($1::text[], $2::text[]) AS m (name, rules) WHERE b.name = m.name",
+        list(marks),
+        list(marks.values()),
+    )
+
+
+async def touch_in_state(
+    conn: Connection, brand: str, state: str, after: Walked | None, limit: int
+) -> tuple[int, Walked | None]:
+    """Touches a brand's next operations in a state, oldest registration first. Returns how many, and where to go on."""
+    rows = await conn.fetch(
+        # operation_state_idx
+        """
+        WITH page AS MATERIALIZED (
+            SELECT id, registered_at FROM indexer.operation
+            WHERE brand = $1 AND state = $2 AND (registered_at, id) > ($3, $4) ORDER BY registered_at, id LIMIT $5),
+        touched AS (INSERT INTO indexer.touched_operation (operation_id) SELECT id FROM page)
+        SELECT registered_at, id FROM page ORDER BY registered_at, id
+        """,
+        brand,
+        state,
+        *(after or _FIRST),
+        limit,
+    )
+    return len(rows), (rows[-1]["registered_at"], rows[-1]["id"]) if len(rows) == limit else None
+
+
+async def touch_closed_and_watched(
+    conn: Connection, brands: Sequence[str], after: UUID | None, limit: int
+) -> tuple[int, UUID | None]:
+    """Of the next operations with alarms, touches the brands' expired and cancelled ones: their evidence still grows older."""
+    row = await conn.fetchrow(
+        # alarm_pk, operation_pk
+        """
+        WITH page AS MATERIALIZED (
+            SELECT DISTINCT operation_id FROM indexer.alarm WHERE operation_id > $2 ORDER BY operation_id LIMIT $3),
+        touched AS (
+            INSERT INTO indexer.touched_operation (operation_id)
+            SELECT o.id FROM page JOIN indexer.operation o ON o.id = page.operation_id
+            WHERE o.brand = ANY($1::text[]) AND o.state IN ('expired', 'cancelled') RETURNING 1)
+        SELECT (SELECT count(*) FROM touched) AS touched, (SELECT count(*) FROM page) AS seen,
+               (SELECT operation_id FROM page ORDER BY operation_id DESC LIMIT 1) AS last
+        """,
+        list(brands),
+        after or UUID(int=0),
+        limit,
+    )
+    assert row is not None
+    return row["touched"], row["last"] if row["seen"] == limit else None

@@ -39,13 +39,13 @@ _RENEW = """
     RETURNING epoch
 """
 
-# Only on the epoch that was seen: of two that saw it lapse, one wins.
+# Only on the epoch that was seen: of two that saw it lapse, one wins. `holder = $3`: an epoch of our own that nobody here holds.
 _TAKE = """
     UPDATE indexer.lease
        SET holder = $3, epoch = epoch + 1, until = clock_timestamp() + $4 * interval '1 second',
            sessions = (SELECT jsonb_build_array(jsonb_build_object('pid', pid, 'started', backend_start, 'role', usename))
                          FROM pg_stat_activity WHERE pid = pg_backend_pid())
-     WHERE task = $1 AND epoch = $2 AND (holder IS NULL OR until <= clock_timestamp())
+     WHERE task = $1 AND epoch = $2 AND (holder IS NULL OR holder = $3 OR until <= clock_timestamp())
     RETURNING epoch
 """
 
@@ -162,32 +162,40 @@ class Leases:
         self.ttl = ttl
         self._database = database
         self._rng = rng or random.Random()  # noqa: S311 - spreads attempts, guards nothing
+        # By task, the last epoch that was ours and that nobody here holds any more, for all that the row may say: the database
+        # was away when we gave it back, or answered that it was ours into a connection that broke.
+        self._let_go: dict[str, int] = {}
 
     async def acquire(self, task: str) -> Lease | None:
         """One attempt: the lease, or None while another holds it. It is not renewed: `hold` does that.
 
+        An epoch of our own that we have let go is not waited for: its sessions are ended, as any holder's are.
         Raises SessionsWillNotEnd, DatabaseUnavailable, asyncpg's errors.
         """
         pool = self._database.pool
         row = await pool.fetchrow(
-            "SELECT epoch, holder IS NOT NULL AND until > clock_timestamp() AS held FROM indexer.lease WHERE task = $1",
+            "SELECT epoch, holder, holder IS NOT NULL AND until > clock_timestamp() AS held FROM indexer.lease WHERE task = $1",
             task,
         )
         if row is None:
             await pool.execute("INSERT INTO indexer.lease (task) VALUES ($1) ON CONFLICT DO NOTHING", task)
             return await self.acquire(task)
-        if row["held"]:
+        if row["held"] and not (row["holder"] == self.holder and row["epoch"] == self._let_go.get(task)):
             return None
         connection = await self._database.session(
             f"indexer:{task}",
             # a frozen holder's locks fall before its lease does
             settings={"idle_in_transaction_session_timeout": f"{int(self.ttl * 400)}ms"},
         )
+        taking = False
         try:
             await self._end_sessions(connection, task, row["epoch"])
             asked = asyncio.get_running_loop().time()
+            taking = True
             epoch = await connection.fetchval(_TAKE, task, row["epoch"], self.holder, self.ttl)
         except BaseException:
+            if taking:
+                self._let_go[task] = row["epoch"] + 1  # ours, if it was stored
             connection.terminate()
             raise
         if epoch is None:
@@ -226,6 +234,7 @@ class Leases:
                 raise lease.lose("it could not be renewed in time") from error
             raise
         finally:
+            self._let_go[task] = lease.epoch
             await self._release(lease)
 
     @asynccontextmanager

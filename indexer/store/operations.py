@@ -481,19 +481,26 @@ async def _claims_of(conn: Connection, operations: Sequence[UUID], evidence: Seq
 async def watched_since(conn: Connection, legs: Sequence[Leg]) -> dict[tuple[UUID, int], tuple[list[bytes], int]]:
     """For each leg, the emitters that could have spoken for it and the factory's start block (for expiry).
 
-    Every hub of the chain is one: its row names only the first of the factories that it serves.
+    These are the factory, every hub that may speak for it (one that is a factory of its own, too: emitter_role_pk), and the
+    programme's token (programme_issuer_idx).
     """
     rows = await conn.fetch(
         """
-        SELECT l.operation_id, l.leg, array_agg(DISTINCT e.address) AS emitters,
-               min(e.start_block) FILTER (WHERE e.kind = 'factory') AS start_block
-        FROM unnest($1::uuid[], $2::int[]) AS wanted (operation_id, leg)
-        JOIN indexer.leg l ON l.operation_id = wanted.operation_id AND l.leg = wanted.leg
-        JOIN indexer.emitter e ON e.chain_id = l.chain_id AND e.active
-            AND (e.kind = 'hub' OR e.factory = l.factory AND (e.kind = 'factory' OR EXISTS (
-                SELECT 1 FROM indexer.programme p WHERE p.chain_id = l.chain_id AND p.issuer = l.issuer AND p.loyalty_id = l.loyalty_id
-                AND p.factory = l.factory AND p.loyalty = e.address AND p.canonical)))
-        GROUP BY l.operation_id, l.leg HAVING bool_or(e.kind = 'factory')
+        WITH wanted AS (
+            SELECT l.* FROM unnest($1::uuid[], $2::int[]) AS w (operation_id, leg)
+            JOIN indexer.leg l ON l.operation_id = w.operation_id AND l.leg = w.leg
+        ), watched AS (
+            SELECT l.operation_id, l.leg, r.address, r.start_block, r.address = r.factory AS is_factory
+            FROM wanted l JOIN indexer.emitter_role r ON r.chain_id = l.chain_id AND r.factory = l.factory
+            JOIN indexer.emitter e ON e.chain_id = r.chain_id AND e.address = r.address AND e.active
+            UNION
+            SELECT l.operation_id, l.leg, e.address, NULL, false
+            FROM wanted l JOIN indexer.programme p ON p.chain_id = l.chain_id AND p.issuer = l.issuer AND p.loyalty_id = l.loyalty_id
+                AND p.factory = l.factory AND p.canonical
+            JOIN indexer.emitter e ON e.chain_id = p.chain_id AND e.address = p.loyalty AND e.active
+        )
+        SELECT operation_id, leg, array_agg(DISTINCT address) AS emitters, min(start_block) FILTER (WHERE is_factory) AS start_block
+        FROM watched GROUP BY operation_id, leg HAVING bool_or(is_factory)
         """,
         [leg.operation_id for leg in legs],
         [leg.index for leg in legs],
@@ -599,17 +606,30 @@ async def store(conn: Connection, changes: Changes) -> None:
 # --------------------------------------------------------------------------- unmatched evidence
 
 
+UNMATCHED_SPAN = 5_000  # movements that one look reads: a cursor that was set far back stops nobody
+
+
 async def unmatched_due(
     conn: Connection, chain: Heads, clock_ms: int, quiet_ms: int, limit: int
-) -> tuple[list[tuple[str, Movement]], int]:
-    """Evidence of our issuers that nothing claims, `safe` and older than `quiet_ms`; and the cursor after looking.
+) -> tuple[list[tuple[str, Movement]], int, bool]:
+    """Evidence of our issuers that nothing claims, `safe` and older than `quiet_ms`; the cursor after looking; whether there is
+    more to look at now.
 
-    movement_pk serves the range above the cursor: each block is looked at once.
+    movement_pk serves the range above the cursor: each block is looked at once, UNMATCHED_SPAN movements at a time.
     """
     cursor = await conn.fetchval("SELECT unmatched_cursor FROM indexer.chain WHERE chain_id = $1", chain.chain_id)
     if cursor is None:
         cursor = -1
     until_ms = clock_ms - quiet_ms
+    far = await conn.fetchrow(
+        """
+        SELECT block_number, block_time_ms FROM indexer.movement WHERE chain_id = $1 AND block_number > $2 AND block_number <= $3
+        ORDER BY block_number OFFSET $4 LIMIT 1
+        """,
+        chain.chain_id, cursor, chain.safe_number, UNMATCHED_SPAN,
+    )  # fmt: skip
+    more = far is not None and far["block_time_ms"] <= until_ms
+    upto = far["block_number"] if far is not None and more else chain.safe_number
     rows = await conn.fetch(
         f"""
         SELECT i.brand, {_MOVEMENT} FROM indexer.movement m
@@ -620,11 +640,13 @@ async def unmatched_due(
                           AND c.log_index = m.log_index AND c.block_hash = m.block_hash)
         ORDER BY m.block_number FETCH FIRST ($5) ROWS WITH TIES -- whole blocks, however many events they hold
         """,  # noqa: S608
-        chain.chain_id, cursor, chain.safe_number, until_ms, limit,
+        chain.chain_id, cursor, upto, until_ms, limit,
     )  # fmt: skip
     found = [(row["brand"], movement_of(row)) for row in rows]
     if len(found) >= limit:
-        return found, max(movement.block_number for _, movement in found)
+        return found, max(movement.block_number for _, movement in found), True
+    if more:
+        return found, upto, True
     # the highest block that is both safe and old enough; the cursor never runs ahead of what may still change
     reached = await conn.fetchval(
         """
@@ -635,7 +657,23 @@ async def unmatched_due(
         chain.safe_number,
         until_ms,
     )
-    return found, max(cursor, _or(reached, -1))
+    return found, max(cursor, _or(reached, -1)), False
+
+
+async def look_again(conn: Connection, freed: Iterable[Movement]) -> None:
+    """Evidence that something spoke for, and nothing does any more: where the cursor has passed it, it goes back before it."""
+    lowest: dict[int, int] = {}
+    for movement in freed:
+        lowest[movement.chain_id] = min(lowest.get(movement.chain_id, movement.block_number), movement.block_number)
+    if lowest:
+        await conn.execute(
+            """
+            UPDATE indexer.chain c SET unmatched_cursor = f.low - 1 FROM unnest($1::bigint[], $2::bigint[]) AS f (chain_id, low)
+            WHERE c.chain_id = f.chain_id AND c.unmatched_cursor >= f.low
+            """,
+            list(lowest),
+            list(lowest.values()),
+        )
 
 
 async def contested(conn: Connection, movements: Sequence[Movement]) -> set[UUID]:

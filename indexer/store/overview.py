@@ -13,6 +13,7 @@ from uuid import UUID
 import msgspec
 from prometheus_client import Gauge
 
+from indexer.store import webhooks
 from indexer.store.connection import Connection
 from indexer.telemetry import Metrics
 
@@ -63,7 +64,7 @@ class Lease(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
 
 
 class Unsent(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
-    """The oldest signal of a brand that some endpoint still waits for, or that has no number yet."""
+    """The oldest signal of a brand that an endpoint at work still waits for, or that has no number yet."""
 
     brand: str
     since: datetime
@@ -77,6 +78,7 @@ class Overview(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     postgresql: str
     chains: list[Chain]
     unsent: list[Unsent]
+    webhooks: list[webhooks.Endpoint]
     leases: list[Lease]
 
 
@@ -109,15 +111,20 @@ _HISTORY = """
     GROUP BY e.chain_id
 """
 
-# The oldest unsent signal of each brand: outbox_unnumbered_idx, and delivery_order_idx for what is pending.
+# The oldest signal of each brand that an endpoint at work waits for, or that has no number yet: outbox_unnumbered_idx, and
+# delivery_waiting_idx for each endpoint. What a stopped endpoint holds is told with the endpoint.
 _UNSENT = """
     SELECT brand, min(created_at) AS since, extract(epoch FROM clock_timestamp() - min(created_at))::float8 AS seconds
     FROM (
         SELECT o.brand, o.created_at FROM indexer.outbox o WHERE o.sequence IS NULL
         UNION ALL
-        SELECT o.brand, o.created_at
-        FROM (SELECT brand, min(sequence) AS sequence FROM indexer.delivery WHERE state = 'pending' GROUP BY brand) d
-        JOIN indexer.outbox o ON o.brand = d.brand AND o.sequence = d.sequence -- outbox_sequence_idx
+        SELECT w.brand, o.created_at FROM indexer.webhook w
+        CROSS JOIN LATERAL (
+            SELECT d.signal_id FROM indexer.delivery d
+            WHERE d.brand = w.brand AND d.webhook = w.name AND d.state = 'pending' ORDER BY d.sequence LIMIT 1
+        ) first
+        JOIN indexer.outbox o ON o.id = first.signal_id -- outbox_id_key
+        WHERE w.active AND w.disabled_at IS NULL
     ) waiting
     WHERE $1::text IS NULL OR brand = $1
     GROUP BY brand ORDER BY brand
@@ -145,6 +152,7 @@ async def overview(conn: Connection, brand: str | None = None) -> Overview:
         )
         history = {entry["chain_id"]: entry for entry in await conn.fetch(_HISTORY)}
         unsent = await conn.fetch(_UNSENT, brand)
+        endpoints = await webhooks.list_webhooks(conn, brand)
         leases = await conn.fetch(
             """
             SELECT task, holder, epoch, until, holder IS NOT NULL AND coalesce(until > clock_timestamp(), false) AS held
@@ -158,6 +166,7 @@ async def overview(conn: Connection, brand: str | None = None) -> Overview:
         postgresql=row["server"],
         chains=[_chain(entry, history.get(entry["chain_id"])) for entry in chains],
         unsent=[Unsent(**entry) for entry in unsent],
+        webhooks=endpoints,
         leases=[Lease(**entry) for entry in leases],
     )
 
@@ -248,6 +257,7 @@ async def observe_database(conn: Connection, metrics: Metrics) -> None:
     for brand in brands:
         metrics.saw_oldest_open(brand, open_since.get(brand))
         metrics.saw_oldest_unsent(brand, unsent_since.get(brand))
+    _observe_endpoints(metrics, brands, await webhooks.list_webhooks(conn))
 
     exposed = await conn.fetch("SELECT brand, count(*) AS exposures FROM loyalty.exposures GROUP BY brand")
     _set(metrics.exposures, brands, {row["brand"]: row["exposures"] for row in exposed})
@@ -278,6 +288,21 @@ async def observe_database(conn: Connection, metrics: Metrics) -> None:
     metrics.touched.set(
         await conn.fetchval("SELECT count(*) FROM (SELECT FROM indexer.touched_operation LIMIT $1) capped", COUNT_LIMIT)
     )
+
+
+def _observe_endpoints(metrics: Metrics, brands: Sequence[str], endpoints: Sequence[webhooks.Endpoint]) -> None:
+    """Dead letters, and what stopped endpoints hold: counted apart, so that a pause does not look like a backlog."""
+    metrics.webhooks_stopped.clear()
+    held: dict[str, float] = {}
+    for one in endpoints:
+        metrics.dead_letters.labels(one.brand, one.name).set(one.dead_letters)
+        if one.state != "active":
+            metrics.webhooks_stopped.labels(one.brand, one.name, one.state).set(1)
+            if one.oldest_waiting is not None:
+                since = one.oldest_waiting.timestamp()
+                held[one.brand] = min(held.get(one.brand, since), since)
+    for brand in brands:
+        metrics.saw_oldest_held(brand, held.get(brand))
 
 
 def _set(gauge: Gauge, brands: Sequence[str], values: Mapping[str, int]) -> None:

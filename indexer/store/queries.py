@@ -5,24 +5,22 @@ command line print. Every query names the index it leans on; nothing here writes
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
+from typing import Annotated
 from uuid import UUID
 
 import asyncpg
 import msgspec
 
 from indexer.model.types import Address, hex0x
+from indexer.store import cursors
 from indexer.store.connection import Connection
+from indexer.store.cursors import BadCursor as BadCursor
 
 MAX_PAGE = 200
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
-
-class BadCursor(ValueError):
-    """A `cursor` that no answer of ours contained."""
+Time = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
 class Transition(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,7 +31,7 @@ class Transition(msgspec.Struct, frozen=True, kw_only=True):
     generation: int
     cause: str
     detail: msgspec.Raw
-    at: datetime
+    at: Time
 
 
 class Receipt(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
@@ -44,7 +42,7 @@ class Receipt(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     receipt: msgspec.Raw
     claim: UUID | None
     actor: str
-    recorded_at: datetime
+    recorded_at: Time
 
 
 class Operation(msgspec.Struct, frozen=True, rename="camel", kw_only=True, omit_defaults=False):
@@ -54,11 +52,11 @@ class Operation(msgspec.Struct, frozen=True, rename="camel", kw_only=True, omit_
     brand: str
     reference: str
     status: str
-    status_at: datetime
+    status_at: Time
     generation: int
-    requested_at: datetime
-    registered_at: datetime
-    cancelled_at: datetime | None
+    requested_at: Time
+    registered_at: Time
+    cancelled_at: Time | None
     metadata: msgspec.Raw
     legs: msgspec.Raw
     evidence: msgspec.Raw
@@ -69,6 +67,8 @@ class Operation(msgspec.Struct, frozen=True, rename="camel", kw_only=True, omit_
 
 
 class Page(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
+    """`next_cursor` None: this was the last."""
+
     data: list[Operation]
     next_cursor: str | None
 
@@ -89,6 +89,27 @@ class Balance(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     balance: str
     source: str  # 'erc1155' or 'loyfin': the events that it was summed from
     history_complete: bool
+
+
+class BalancePage(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
+    """`next_cursor` None: this was the last."""
+
+    data: list[Balance]
+    next_cursor: str | None
+
+
+class _OperationPosition(msgspec.Struct, frozen=True, array_like=True):
+    registered_at: Time
+    id: UUID
+
+
+Int64 = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class _BalancePosition(msgspec.Struct, frozen=True, array_like=True):
+    chain_id: Int64
+    loyalty: Annotated[str, msgspec.Meta(pattern="^0x[0-9a-f]{40}$")]
+    bucket: Annotated[str, msgspec.Meta(pattern="^[0-9]{1,78}$")]
 
 
 # Columns of an operation. JSON as text: it is passed on as it was stored, down to the last digit of a number.
@@ -185,7 +206,11 @@ async def operations(
     `brand` None looks at every brand, active or not. One short index scan for each brand (and state), merged: the cost
     follows the page, not the table. Raises BadCursor.
     """
-    at, after = _read_cursor(cursor) if cursor is not None else (datetime.max.replace(tzinfo=UTC), UUID(int=2**128 - 1))
+    question = ("operations", brand, reference, sorted(states) if states is not None else None)
+    at, after = datetime.max.replace(tzinfo=UTC), UUID(int=2**128 - 1)
+    if cursor is not None:
+        position = cursors.read(question, cursor, _OperationPosition)
+        at, after = position.registered_at, position.id
     if reference is not None:
         # operation_brand_reference_key: at most one a brand
         rows = await conn.fetch(
@@ -243,42 +268,53 @@ async def operations(
     more = len(rows) > limit
     return Page(
         data=[_operation(row) for row in page],
-        next_cursor=_write_cursor(page[-1]["registered_at"], page[-1]["id"]) if more else None,
+        next_cursor=cursors.write(question, _OperationPosition(page[-1]["registered_at"], page[-1]["id"]))
+        if more
+        else None,
     )
-
-
-def _write_cursor(at: datetime, operation_id: UUID) -> str:
-    micros = (at - _EPOCH) // timedelta(microseconds=1)
-    return base64.urlsafe_b64encode(micros.to_bytes(8, "big", signed=True) + operation_id.bytes).decode()
-
-
-def _read_cursor(cursor: str) -> tuple[datetime, UUID]:
-    try:
-        raw = base64.b64decode(cursor.encode("ascii"), altchars=b"-_", validate=True)
-        if len(raw) != 24:
-            raise BadCursor(cursor)
-        return _EPOCH + timedelta(microseconds=int.from_bytes(raw[:8], "big", signed=True)), UUID(bytes=raw[8:])
-    except (binascii.Error, UnicodeError, OverflowError, ValueError):
-        raise BadCursor("this cursor is not one of ours") from None
 
 
 # ------------------------------------------------------------------------------------------------ balances
 
 
-async def balances_of(conn: Connection, wallet: Address, brand: str | None = None) -> list[Balance]:
-    """What a wallet holds, a row for each programme and bucket that is not zero; `brand` None for every brand's.
+async def balances(
+    conn: Connection, wallet: Address, *, brand: str | None = None, limit: int = 50, cursor: str | None = None
+) -> BalancePage:
+    """A page of what a wallet holds, by chain, token contract and bucket. Raises BadCursor."""
+    question = ("balances", wallet, brand)
+    after = cursors.read(question, cursor, _BalancePosition) if cursor is not None else None
+    found = await _balances(conn, wallet, brand, after, limit + 1)
+    last = found[limit - 1] if len(found) > limit else None
+    return BalancePage(
+        data=found[:limit],
+        next_cursor=cursors.write(question, _BalancePosition(int(last.chain_id), last.loyalty, last.expires_at))
+        if last is not None
+        else None,
+    )
 
-    The same sum as the view `loyalty.balances`, by way of its function `loyalty.balances_of`, which takes the wallet as
-    a parameter: movement_holder_idx, transfer_sender_idx and transfer_recipient_idx serve it.
-    """
+
+async def balances_of(conn: Connection, wallet: Address, brand: str | None = None) -> list[Balance]:
+    """All that a wallet holds, a row for each programme and bucket that is not zero; `brand` None for every brand's."""
+    return await _balances(conn, wallet, brand, None, None)
+
+
+async def _balances(
+    conn: Connection, wallet: Address, brand: str | None, after: _BalancePosition | None, limit: int | None
+) -> list[Balance]:
+    """The same sum as the view `loyalty.balances`, by way of its function `loyalty.balances_of`, which takes the wallet
+    as a parameter: movement_holder_idx, transfer_sender_idx and transfer_recipient_idx serve it."""
     rows = await conn.fetch(
         """
         SELECT chain_id::text, factory, issuer, loyalty_id, loyalty, brand, name, symbol,
                bucket::text AS expires_at, balance::text, source, history_complete
-        FROM loyalty.balances_of($1) WHERE $2::text IS NULL OR brand = $2
-        ORDER BY chain_id, loyalty, bucket
+        FROM loyalty.balances_of($1) AS b
+        WHERE ($2::text IS NULL OR brand = $2)
+          AND ($3::bigint IS NULL OR (b.chain_id, b.loyalty, b.bucket) > ($3, $4::text, $5::text::numeric))
+        ORDER BY b.chain_id, b.loyalty, b.bucket LIMIT $6
         """,
         hex0x(wallet),
         brand,
+        *((after.chain_id, after.loyalty, after.bucket) if after is not None else (None, None, None)),
+        limit,
     )
     return [Balance(**row) for row in rows]

@@ -11,6 +11,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Double,
     ForeignKey,
     Identity,
     Index,
@@ -41,6 +42,11 @@ metadata = MetaData(
 Uint256 = Numeric(78, 0)
 Time = TIMESTAMP(timezone=True)
 NOW = text("clock_timestamp()")
+
+
+def _orphans(table: str) -> Index:
+    """What a reorganisation undid, to be forgotten: next to nothing, so next to free."""
+    return Index(f"{table}_orphan_idx", "chain_id", "block_number", postgresql_where=text("NOT canonical"))
 
 
 def _log_columns() -> list[Column[object]]:
@@ -87,6 +93,11 @@ brand = Table(
     Column("unmatched_since", Time, nullable=False, server_default=NOW),
     Column("last_sequence", BigInteger, nullable=False, server_default=text("0")),  # the sequencer's counter
     Column("active", Boolean, nullable=False, server_default=text("true")),  # still in the configuration
+    # signals up to here may be gone: the floor that a retention of signals moves
+    Column("forgotten_sequence", BigInteger, nullable=False, server_default=text("0")),
+    # after `indexer restored`: what settles by evidence of before is not claimable until a person says so
+    Column("held_before", Time),
+    Column("rules", Text),  # fingerprint of the settling rules that its open operations were last looked at under
 )
 
 issuer = Table(
@@ -106,6 +117,16 @@ api_token = Table(
     Column("scopes", ARRAY(Text), nullable=False),
     Column("created_at", Time, nullable=False, server_default=NOW),
     Column("revoked_at", Time),
+)
+
+# A SQL login of schema `loyalty` and the brand whose rows it sees: session_user is looked up here, and nothing else decides.
+# Written by the owner (`indexer sql-user`), which makes the roles too; the daemon may only read it.
+brand_login = Table(
+    "brand_login",
+    metadata,
+    Column("login", Text, primary_key=True),
+    Column("brand", Text, ForeignKey("brand.name"), nullable=False),
+    Column("created_at", Time, nullable=False, server_default=NOW),
 )
 
 # --------------------------------------------------------------------------- facts: a chain
@@ -151,6 +172,7 @@ block = Table(
     Column("canonical", Boolean, nullable=False, server_default=text("true")),
     PrimaryKeyConstraint("chain_id", "number", "hash"),
     Index("block_canonical_idx", "chain_id", "number", unique=True, postgresql_where=text("canonical")),
+    Index("block_orphan_idx", "chain_id", "number", postgresql_where=text("NOT canonical")),
 )
 
 emitter = Table(
@@ -166,6 +188,18 @@ emitter = Table(
     PrimaryKeyConstraint("chain_id", "address"),
 )
 
+# For which factories a configured address may speak: a factory for itself, a hub for those that name it, one address for
+# both. What is covered of an address is covered for all of its roles: a new role begins without coverage.
+emitter_role = Table(
+    "emitter_role",
+    metadata,
+    Column("chain_id", BigInteger, nullable=False),
+    Column("factory", LargeBinary, nullable=False),
+    Column("address", LargeBinary, nullable=False),
+    Column("start_block", BigInteger, nullable=False),  # the factory's
+    PrimaryKeyConstraint("chain_id", "factory", "address"),
+)
+
 # Which blocks were asked for, of whom, with which verdict. One row per verdict, the ranges as one multirange.
 # emitter '\x' is the follower's lane: it speaks for each emitter from that emitter's `followed_from` on.
 coverage = Table(
@@ -177,6 +211,28 @@ coverage = Table(
     Column("verdict", Text, nullable=False),
     Column("blocks", INT8MULTIRANGE, nullable=False),
     PrimaryKeyConstraint("chain_id", "emitter", "verdict"),
+)
+
+# What a person asked to have read again (audit, replay) or decoded again (redecode): history carries it out, a few windows
+# at a time, and writes down how far it is in the transaction of what it stored.
+reread = Table(
+    "reread",
+    metadata,
+    Column("id", UUID, primary_key=True, server_default=text("gen_random_uuid()")),
+    Column("chain_id", BigInteger, nullable=False),
+    Column("kind", Text, nullable=False),  # 'audit' | 'repair' (an audit that repairs) | 'replay' | 'redecode'
+    Column("from_block", BigInteger, nullable=False),
+    Column("to_block", BigInteger),  # null: finalized, as it is when the work begins
+    Column("abi", LargeBinary),  # fingerprint of the events that the asker reads; null: whatever the daemon reads
+    # 'waiting' | 'running' | 'done' | 'failed' | 'cancelled'
+    Column("state", Text, nullable=False, server_default=text("'waiting'")),
+    Column("next_block", BigInteger),  # all below it, from from_block on, is done
+    Column("report", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
+    Column("trouble", Text),  # why it failed, or what it waits for
+    Column("requested_at", Time, nullable=False, server_default=NOW),
+    Column("begun_at", Time),
+    Column("ended_at", Time),
+    Index("reread_open_idx", "chain_id", "requested_at", postgresql_where=text("state IN ('waiting', 'running')")),
 )
 
 programme = Table(
@@ -196,6 +252,7 @@ programme = Table(
     PrimaryKeyConstraint("chain_id", "block_number", "log_index", "block_hash"),
     Index("programme_token_idx", "chain_id", "loyalty"),
     Index("programme_issuer_idx", "chain_id", "issuer", "loyalty_id"),
+    _orphans("programme"),
 )
 
 # PointsIssued and PointsRedeemed: what settles a Loyfin leg.
@@ -219,6 +276,7 @@ movement = Table(
     Index("movement_nonce_idx", "nonce"),  # the event of a leg with a nonce
     Index("movement_operation_hash_idx", "operation_hash", postgresql_where=text("operation_hash IS NOT NULL")),
     Index("movement_holder_idx", "holder", "loyalty"),  # balances of a wallet, and matching by wallet and amount
+    _orphans("movement"),
 )
 
 # LoyaltyTransfer, LoyaltyBatchTransfer (an item a row), and ERC-1155's own where a token emits them.
@@ -238,6 +296,7 @@ transfer = Table(
     Index("transfer_sender_idx", "sender", "loyalty"),
     Index("transfer_recipient_idx", "recipient", "loyalty"),
     Index("transfer_token_idx", "chain_id", "loyalty", "source"),
+    _orphans("transfer"),
 )
 
 # Metadata, admin, royalty and capability events: by name, with their arguments.
@@ -250,6 +309,7 @@ programme_event = Table(
     Column("args", JSONB, nullable=False),  # bytes as 0x hex, integers as decimal strings
     PrimaryKeyConstraint("chain_id", "block_number", "log_index", "block_hash"),
     Index("programme_event_token_idx", "chain_id", "loyalty", "event"),
+    _orphans("programme_event"),
 )
 
 # Logs of known emitters that we could not read (yet), or only in part: `indexer redecode` reads them again.
@@ -262,6 +322,7 @@ raw_log = Table(
     Column("reason", Text, nullable=False),  # 'unknown_topic' | 'undecodable' | 'oversized'
     Column("error", Text),
     PrimaryKeyConstraint("chain_id", "block_number", "log_index", "block_hash"),
+    _orphans("raw_log"),
 )
 
 # --------------------------------------------------------------------------- operations
@@ -303,6 +364,9 @@ operation = Table(
         postgresql_where=text("generation > 0 AND state NOT IN ('ready', 'fulfilled')"),
     ),
     Index("operation_page_idx", "brand", "registered_at", "id"),
+    # what may be claimed, oldest ready first: of one brand, and of all
+    Index("operation_ready_idx", "brand", "state_at", "id", postgresql_where=text("state = 'ready'")),
+    Index("operation_any_ready_idx", "state_at", "id", postgresql_where=text("state = 'ready'")),
 )
 
 leg = Table(
@@ -391,6 +455,25 @@ receipt = Table(
     PrimaryKeyConstraint("operation_id", "generation"),
 )
 
+# Who is handing an operation over just now. A claim lasts until `claimed_until`, an end, or another generation.
+fulfilment_claim = Table(
+    "fulfilment_claim",
+    metadata,
+    Column("id", UUID, primary_key=True, server_default=text("gen_random_uuid()")),
+    Column("operation_id", UUID, ForeignKey("operation.id"), nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("consumer", Text, nullable=False),
+    Column("claimed_at", Time, nullable=False, server_default=NOW),
+    Column("claimed_until", Time, nullable=False),
+    Column("ended_at", Time),
+    # 'released' | 'superseded' (another took it, or its generation went) | 'fulfilled' | 'reverted' | 'claim_lapsed'
+    Column("outcome", Text),
+    # what its worker said when a receipt of the generation was there already: the goods may have left twice
+    Column("second_receipt", JSONB),
+    # whatever the isolation of those who compete: one claim of an operation at a time
+    Index("fulfilment_claim_open_idx", "operation_id", unique=True, postgresql_where=text("ended_at IS NULL")),
+)
+
 history = Table(
     "history",
     metadata,
@@ -462,6 +545,13 @@ outbox = Table(
     Index("outbox_aggregate_idx", "aggregateid", "position"),
 )
 
+# Signals that a retention deleted: to compute one again must not send it again.
+forgotten_signal = Table(
+    "forgotten_signal",
+    metadata,
+    Column("id", UUID, primary_key=True),
+)
+
 webhook = Table(
     "webhook",
     metadata,
@@ -471,7 +561,11 @@ webhook = Table(
     Column("active", Boolean, nullable=False, server_default=text("true")),  # still in the configuration
     Column("after_sequence", BigInteger, nullable=False, server_default=text("0")),  # a new endpoint starts at now
     Column("disabled_at", Time),
+    # 'paused' by a person | 'failing' for too long: deliveries go on being made, and wait | 'gone' (410): none are made
+    Column("disabled_as", Text),
     Column("disabled_reason", Text),
+    Column("failing_since", Time),  # every attempt since then has failed; null: the last one arrived
+    Column("failures", Integer, nullable=False, server_default=text("0")),  # … and how many those are
     PrimaryKeyConstraint("brand", "name"),
 )
 
@@ -497,5 +591,26 @@ delivery = Table(
     Index(
         "delivery_order_idx", "brand", "webhook", "aggregateid", "sequence", postgresql_where=text("state = 'pending'")
     ),
+    # the oldest that waits at an endpoint, and how many do
+    Index("delivery_waiting_idx", "brand", "webhook", "sequence", postgresql_where=text("state = 'pending'")),
     Index("delivery_signal_idx", "signal_id"),
+    # dead letters, what became of the latest deliveries, and which of them are old enough to be forgotten
+    Index("delivery_ended_idx", "state", "ended_at", postgresql_where=text("state <> 'pending'")),
+)
+
+# Attempts whose end was recorded. One that is missing between two numbers was cut off with its dispatcher.
+delivery_attempt = Table(
+    "delivery_attempt",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),  # in the order of recording: the oldest go first
+    Column("brand", Text, nullable=False),
+    Column("webhook", Text, nullable=False),
+    Column("signal_id", UUID, nullable=False),
+    Column("number", Integer, nullable=False),  # begins at 1 again when a delivery is asked for again
+    Column("begun_at", Time, nullable=False),
+    Column("seconds", Double, nullable=False),
+    Column("status", Integer),
+    Column("error", Text),
+    Column("answer", Text),  # the first bytes of the body, controls escaped
+    Index("delivery_attempt_signal_idx", "signal_id"),
 )

@@ -7,6 +7,7 @@ Revoking takes effect within `TTL` seconds everywhere.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import re
@@ -21,9 +22,10 @@ import msgspec
 
 from indexer.store.connection import Connection
 
-SCOPES = ("operations:read", "operations:write", "fulfil", "resolve", "status")
+SCOPES = ("operations:read", "operations:write", "fulfil", "resolve", "signals:read", "chain:read", "status")
 PREFIX = "lsi_"  # so that secret scanners, and people, know one when they see it
 TTL = 5.0  # seconds
+LOOKUPS = 4  # at once
 _FORM = re.compile(r"lsi_[A-Za-z0-9_-]{43}")
 
 
@@ -104,33 +106,41 @@ class Authenticator:
     """Answers who a bearer token is, remembering good answers for `ttl` seconds.
 
     Only good answers are kept, so there are never more of them than tokens; a wrong token of the right form costs one
-    look-up by unique index, one of another form nothing.
+    look-up by unique index, one of another form nothing. Whoever asks for the same token at the same time waits for one
+    look-up: a thousand clients that come back at once must not take the whole pool.
     """
 
     def __init__(self, pool: asyncpg.Pool, *, ttl: float = TTL, clock: Callable[[], float] = time.monotonic) -> None:
         self._pool, self._ttl, self._clock = pool, ttl, clock
         self._known: dict[bytes, tuple[float, Token]] = {}
+        self._looking = asyncio.Semaphore(LOOKUPS)
 
     async def authenticate(self, token: str) -> Token | None:
         """The token's owner, or None for a token that is unknown or revoked."""
         if _FORM.fullmatch(token) is None:
             return None
-        digest, now = _digest(token), self._clock()
+        digest = _digest(token)
+        if (known := self._remembered(digest)) is not None:
+            return known
+        async with self._looking:
+            if (known := self._remembered(digest)) is not None:  # somebody asked while we waited
+                return known
+            now = self._clock()  # from before the look-up: an answer is never older than `ttl`
+            async with self._pool.acquire() as conn:
+                # api_token_hash_key
+                row = await conn.fetchrow(
+                    """
+                    SELECT id, name, brand, scopes, created_at, revoked_at
+                    FROM indexer.api_token WHERE hash = $1 AND revoked_at IS NULL
+                    """,
+                    digest,
+                )
+            if row is None:
+                self._known.pop(digest, None)
+                return None
+            self._known[digest] = (now + self._ttl, _token(row))
+            return self._known[digest][1]
+
+    def _remembered(self, digest: bytes) -> Token | None:
         known = self._known.get(digest)
-        if known is not None and known[0] > now:
-            return known[1]
-        async with self._pool.acquire() as conn:
-            # api_token_hash_key
-            row = await conn.fetchrow(
-                """
-                SELECT id, name, brand, scopes, created_at, revoked_at
-                FROM indexer.api_token WHERE hash = $1 AND revoked_at IS NULL
-                """,
-                digest,
-            )
-        if row is None:
-            self._known.pop(digest, None)
-            return None
-        # the time from before the look-up: an answer is never older than `ttl`
-        self._known[digest] = (now + self._ttl, _token(row))
-        return self._known[digest][1]
+        return known[1] if known is not None and known[0] > self._clock() else None

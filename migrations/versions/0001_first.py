@@ -23,7 +23,7 @@ depends_on = None
 ROLES = ("loyalty_daemon", "loyalty_reader", "loyalty_brand")
 
 # In this order: views may call functions, and grants come last.
-CONTRACT = ("functions.sql", "views.sql", "grants.sql")
+CONTRACT = ("functions.sql", "restoration.sql", "fulfilment.sql", "views.sql", "grants.sql")
 
 CREATE_ROLE = """
 DO $$
@@ -35,20 +35,9 @@ BEGIN
 EXCEPTION
   WHEN duplicate_object OR unique_violation THEN NULL;  -- another database of this server, at the same moment
   WHEN insufficient_privilege THEN
-    RAISE EXCEPTION 'this user may not create roles: let a superuser run  CREATE ROLE loyalty_daemon; CREATE ROLE loyalty_reader; CREATE ROLE loyalty_brand;  and migrate again'
+    RAISE EXCEPTION 'this user may not create roles (it has no CREATEROLE): let a superuser run  CREATE ROLE loyalty_daemon; CREATE ROLE loyalty_reader; CREATE ROLE loyalty_brand; GRANT loyalty_brand, loyalty_reader TO % WITH ADMIN OPTION;  and migrate again', quote_ident(current_user)
       USING ERRCODE = 'insufficient_privilege';
 END $$
-"""
-
-GRANTS = """
-REVOKE ALL ON ALL FUNCTIONS IN SCHEMA loyalty FROM PUBLIC;
-GRANT USAGE ON SCHEMA indexer, loyalty TO loyalty_daemon;
-GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA indexer TO loyalty_daemon;
-REVOKE INSERT, UPDATE, DELETE ON indexer.alembic_version FROM loyalty_daemon;
-GRANT USAGE ON ALL SEQUENCES IN SCHEMA indexer TO loyalty_daemon;
-GRANT SELECT ON ALL TABLES IN SCHEMA loyalty TO loyalty_daemon;
-GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA indexer, loyalty TO loyalty_daemon;
-ALTER DEFAULT PRIVILEGES IN SCHEMA indexer GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO loyalty_daemon;
 """
 
 # The contract keeps views and functions of its own beside the tables.
@@ -84,12 +73,16 @@ def create_tables() -> None:
     schema='indexer'
     )
     op.create_index('block_canonical_idx', 'block', ['chain_id', 'number'], unique=True, schema='indexer', postgresql_where=sa.text('canonical'))
+    op.create_index('block_orphan_idx', 'block', ['chain_id', 'number'], unique=False, schema='indexer', postgresql_where=sa.text('NOT canonical'))
     op.create_table('brand',
     sa.Column('name', sa.Text(), nullable=False),
     sa.Column('configured_at', postgresql.TIMESTAMP(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
     sa.Column('unmatched_since', postgresql.TIMESTAMP(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
     sa.Column('last_sequence', sa.BigInteger(), server_default=sa.text('0'), nullable=False),
     sa.Column('active', sa.Boolean(), server_default=sa.text('true'), nullable=False),
+    sa.Column('forgotten_sequence', sa.BigInteger(), server_default=sa.text('0'), nullable=False),
+    sa.Column('held_before', postgresql.TIMESTAMP(timezone=True), nullable=True),
+    sa.Column('rules', sa.Text(), nullable=True),
     sa.PrimaryKeyConstraint('name', name=op.f('brand_pk')),
     schema='indexer'
     )
@@ -146,8 +139,25 @@ def create_tables() -> None:
     schema='indexer'
     )
     op.create_index('delivery_due_idx', 'delivery', ['brand', 'webhook', 'next_at'], unique=False, schema='indexer', postgresql_where=sa.text("state = 'pending'"))
+    op.create_index('delivery_ended_idx', 'delivery', ['state', 'ended_at'], unique=False, schema='indexer', postgresql_where=sa.text("state <> 'pending'"))
     op.create_index('delivery_order_idx', 'delivery', ['brand', 'webhook', 'aggregateid', 'sequence'], unique=False, schema='indexer', postgresql_where=sa.text("state = 'pending'"))
     op.create_index('delivery_signal_idx', 'delivery', ['signal_id'], unique=False, schema='indexer')
+    op.create_index('delivery_waiting_idx', 'delivery', ['brand', 'webhook', 'sequence'], unique=False, schema='indexer', postgresql_where=sa.text("state = 'pending'"))
+    op.create_table('delivery_attempt',
+    sa.Column('id', sa.BigInteger(), sa.Identity(always=True), nullable=False),
+    sa.Column('brand', sa.Text(), nullable=False),
+    sa.Column('webhook', sa.Text(), nullable=False),
+    sa.Column('signal_id', sa.UUID(), nullable=False),
+    sa.Column('number', sa.Integer(), nullable=False),
+    sa.Column('begun_at', postgresql.TIMESTAMP(timezone=True), nullable=False),
+    sa.Column('seconds', sa.Double(), nullable=False),
+    sa.Column('status', sa.Integer(), nullable=True),
+    sa.Column('error', sa.Text(), nullable=True),
+    sa.Column('answer', sa.Text(), nullable=True),
+    sa.PrimaryKeyConstraint('id', name=op.f('delivery_attempt_pk')),
+    schema='indexer'
+    )
+    op.create_index('delivery_attempt_signal_idx', 'delivery_attempt', ['signal_id'], unique=False, schema='indexer')
     op.create_table('emitter',
     sa.Column('chain_id', sa.BigInteger(), nullable=False),
     sa.Column('address', sa.LargeBinary(), nullable=False),
@@ -157,6 +167,19 @@ def create_tables() -> None:
     sa.Column('followed_from', sa.BigInteger(), nullable=True),
     sa.Column('active', sa.Boolean(), server_default=sa.text('true'), nullable=False),
     sa.PrimaryKeyConstraint('chain_id', 'address', name=op.f('emitter_pk')),
+    schema='indexer'
+    )
+    op.create_table('emitter_role',
+    sa.Column('chain_id', sa.BigInteger(), nullable=False),
+    sa.Column('factory', sa.LargeBinary(), nullable=False),
+    sa.Column('address', sa.LargeBinary(), nullable=False),
+    sa.Column('start_block', sa.BigInteger(), nullable=False),
+    sa.PrimaryKeyConstraint('chain_id', 'factory', 'address', name=op.f('emitter_role_pk')),
+    schema='indexer'
+    )
+    op.create_table('forgotten_signal',
+    sa.Column('id', sa.UUID(), nullable=False),
+    sa.PrimaryKeyConstraint('id', name=op.f('forgotten_signal_pk')),
     schema='indexer'
     )
     op.create_table('instance',
@@ -202,6 +225,7 @@ def create_tables() -> None:
     op.create_index('movement_holder_idx', 'movement', ['holder', 'loyalty'], unique=False, schema='indexer')
     op.create_index('movement_nonce_idx', 'movement', ['nonce'], unique=False, schema='indexer')
     op.create_index('movement_operation_hash_idx', 'movement', ['operation_hash'], unique=False, schema='indexer', postgresql_where=sa.text('operation_hash IS NOT NULL'))
+    op.create_index('movement_orphan_idx', 'movement', ['chain_id', 'block_number'], unique=False, schema='indexer', postgresql_where=sa.text('NOT canonical'))
     op.create_table('outbox',
     sa.Column('position', sa.BigInteger(), sa.Identity(always=True), nullable=False),
     sa.Column('id', sa.UUID(), nullable=False),
@@ -246,6 +270,7 @@ def create_tables() -> None:
     schema='indexer'
     )
     op.create_index('programme_issuer_idx', 'programme', ['chain_id', 'issuer', 'loyalty_id'], unique=False, schema='indexer')
+    op.create_index('programme_orphan_idx', 'programme', ['chain_id', 'block_number'], unique=False, schema='indexer', postgresql_where=sa.text('NOT canonical'))
     op.create_index('programme_token_idx', 'programme', ['chain_id', 'loyalty'], unique=False, schema='indexer')
     op.create_table('programme_event',
     sa.Column('chain_id', sa.BigInteger(), nullable=False),
@@ -263,6 +288,7 @@ def create_tables() -> None:
     sa.PrimaryKeyConstraint('chain_id', 'block_number', 'log_index', 'block_hash', name=op.f('programme_event_pk')),
     schema='indexer'
     )
+    op.create_index('programme_event_orphan_idx', 'programme_event', ['chain_id', 'block_number'], unique=False, schema='indexer', postgresql_where=sa.text('NOT canonical'))
     op.create_index('programme_event_token_idx', 'programme_event', ['chain_id', 'loyalty', 'event'], unique=False, schema='indexer')
     op.create_table('raw_log',
     sa.Column('chain_id', sa.BigInteger(), nullable=False),
@@ -281,6 +307,25 @@ def create_tables() -> None:
     sa.PrimaryKeyConstraint('chain_id', 'block_number', 'log_index', 'block_hash', name=op.f('raw_log_pk')),
     schema='indexer'
     )
+    op.create_index('raw_log_orphan_idx', 'raw_log', ['chain_id', 'block_number'], unique=False, schema='indexer', postgresql_where=sa.text('NOT canonical'))
+    op.create_table('reread',
+    sa.Column('id', sa.UUID(), server_default=sa.text('gen_random_uuid()'), nullable=False),
+    sa.Column('chain_id', sa.BigInteger(), nullable=False),
+    sa.Column('kind', sa.Text(), nullable=False),
+    sa.Column('from_block', sa.BigInteger(), nullable=False),
+    sa.Column('to_block', sa.BigInteger(), nullable=True),
+    sa.Column('abi', sa.LargeBinary(), nullable=True),
+    sa.Column('state', sa.Text(), server_default=sa.text("'waiting'"), nullable=False),
+    sa.Column('next_block', sa.BigInteger(), nullable=True),
+    sa.Column('report', postgresql.JSONB(), server_default=sa.text("'{}'::jsonb"), nullable=False),
+    sa.Column('trouble', sa.Text(), nullable=True),
+    sa.Column('requested_at', postgresql.TIMESTAMP(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
+    sa.Column('begun_at', postgresql.TIMESTAMP(timezone=True), nullable=True),
+    sa.Column('ended_at', postgresql.TIMESTAMP(timezone=True), nullable=True),
+    sa.PrimaryKeyConstraint('id', name=op.f('reread_pk')),
+    schema='indexer'
+    )
+    op.create_index('reread_open_idx', 'reread', ['chain_id', 'requested_at'], unique=False, schema='indexer', postgresql_where=sa.text("state IN ('waiting', 'running')"))
     op.create_table('touched_blocks',
     sa.Column('id', sa.BigInteger(), sa.Identity(always=True), nullable=False),
     sa.Column('chain_id', sa.BigInteger(), nullable=False),
@@ -317,6 +362,7 @@ def create_tables() -> None:
     sa.PrimaryKeyConstraint('chain_id', 'block_number', 'log_index', 'item', 'block_hash', name=op.f('transfer_pk')),
     schema='indexer'
     )
+    op.create_index('transfer_orphan_idx', 'transfer', ['chain_id', 'block_number'], unique=False, schema='indexer', postgresql_where=sa.text('NOT canonical'))
     op.create_index('transfer_recipient_idx', 'transfer', ['recipient', 'loyalty'], unique=False, schema='indexer')
     op.create_index('transfer_sender_idx', 'transfer', ['sender', 'loyalty'], unique=False, schema='indexer')
     op.create_index('transfer_token_idx', 'transfer', ['chain_id', 'loyalty', 'source'], unique=False, schema='indexer')
@@ -331,6 +377,14 @@ def create_tables() -> None:
     sa.ForeignKeyConstraint(['brand'], ['indexer.brand.name'], name=op.f('api_token_brand_fk')),
     sa.PrimaryKeyConstraint('id', name=op.f('api_token_pk')),
     sa.UniqueConstraint('hash', name=op.f('api_token_hash_key')),
+    schema='indexer'
+    )
+    op.create_table('brand_login',
+    sa.Column('login', sa.Text(), nullable=False),
+    sa.Column('brand', sa.Text(), nullable=False),
+    sa.Column('created_at', postgresql.TIMESTAMP(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
+    sa.ForeignKeyConstraint(['brand'], ['indexer.brand.name'], name=op.f('brand_login_brand_fk')),
+    sa.PrimaryKeyConstraint('login', name=op.f('brand_login_pk')),
     schema='indexer'
     )
     op.create_table('issuer',
@@ -361,8 +415,10 @@ def create_tables() -> None:
     sa.UniqueConstraint('brand', 'reference', name=op.f('operation_brand_reference_key')),
     schema='indexer'
     )
+    op.create_index('operation_any_ready_idx', 'operation', ['state_at', 'id'], unique=False, schema='indexer', postgresql_where=sa.text("state = 'ready'"))
     op.create_index('operation_open_idx', 'operation', ['state', 'registered_at'], unique=False, schema='indexer', postgresql_where=sa.text("state IN ('pending','submitted','confirming','incomplete','ready','reverted','conflict')"))
     op.create_index('operation_page_idx', 'operation', ['brand', 'registered_at', 'id'], unique=False, schema='indexer')
+    op.create_index('operation_ready_idx', 'operation', ['brand', 'state_at', 'id'], unique=False, schema='indexer', postgresql_where=sa.text("state = 'ready'"))
     op.create_index('operation_state_idx', 'operation', ['brand', 'state', 'registered_at'], unique=False, schema='indexer')
     op.create_index('operation_undone_idx', 'operation', ['brand', 'state_at'], unique=False, schema='indexer', postgresql_where=sa.text("generation > 0 AND state NOT IN ('ready', 'fulfilled')"))
     op.create_table('webhook',
@@ -372,7 +428,10 @@ def create_tables() -> None:
     sa.Column('active', sa.Boolean(), server_default=sa.text('true'), nullable=False),
     sa.Column('after_sequence', sa.BigInteger(), server_default=sa.text('0'), nullable=False),
     sa.Column('disabled_at', postgresql.TIMESTAMP(timezone=True), nullable=True),
+    sa.Column('disabled_as', sa.Text(), nullable=True),
     sa.Column('disabled_reason', sa.Text(), nullable=True),
+    sa.Column('failing_since', postgresql.TIMESTAMP(timezone=True), nullable=True),
+    sa.Column('failures', sa.Integer(), server_default=sa.text('0'), nullable=False),
     sa.ForeignKeyConstraint(['brand'], ['indexer.brand.name'], name=op.f('webhook_brand_fk')),
     sa.PrimaryKeyConstraint('brand', 'name', name=op.f('webhook_pk')),
     schema='indexer'
@@ -420,6 +479,21 @@ def create_tables() -> None:
     )
     op.create_index('decision_evidence_idx', 'decision', ['evidence_id'], unique=False, schema='indexer')
     op.create_index('decision_operation_idx', 'decision', ['operation_id'], unique=False, schema='indexer')
+    op.create_table('fulfilment_claim',
+    sa.Column('id', sa.UUID(), server_default=sa.text('gen_random_uuid()'), nullable=False),
+    sa.Column('operation_id', sa.UUID(), nullable=False),
+    sa.Column('generation', sa.Integer(), nullable=False),
+    sa.Column('consumer', sa.Text(), nullable=False),
+    sa.Column('claimed_at', postgresql.TIMESTAMP(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
+    sa.Column('claimed_until', postgresql.TIMESTAMP(timezone=True), nullable=False),
+    sa.Column('ended_at', postgresql.TIMESTAMP(timezone=True), nullable=True),
+    sa.Column('outcome', sa.Text(), nullable=True),
+    sa.Column('second_receipt', postgresql.JSONB(), nullable=True),
+    sa.ForeignKeyConstraint(['operation_id'], ['indexer.operation.id'], name=op.f('fulfilment_claim_operation_id_fk')),
+    sa.PrimaryKeyConstraint('id', name=op.f('fulfilment_claim_pk')),
+    schema='indexer'
+    )
+    op.create_index('fulfilment_claim_open_idx', 'fulfilment_claim', ['operation_id'], unique=True, schema='indexer', postgresql_where=sa.text('ended_at IS NULL'))
     op.create_table('history',
     sa.Column('id', sa.BigInteger(), sa.Identity(always=True), nullable=False),
     sa.Column('operation_id', sa.UUID(), nullable=False),
@@ -478,16 +552,19 @@ def drop_tables() -> None:
     op.drop_table('receipt', schema='indexer')
     op.drop_table('leg', schema='indexer')
     op.drop_table('history', schema='indexer')
+    op.drop_table('fulfilment_claim', schema='indexer')
     op.drop_table('decision', schema='indexer')
     op.drop_table('claim', schema='indexer')
     op.drop_table('alarm', schema='indexer')
     op.drop_table('webhook', schema='indexer')
     op.drop_table('operation', schema='indexer')
     op.drop_table('issuer', schema='indexer')
+    op.drop_table('brand_login', schema='indexer')
     op.drop_table('api_token', schema='indexer')
     op.drop_table('transfer', schema='indexer')
     op.drop_table('touched_operation', schema='indexer')
     op.drop_table('touched_blocks', schema='indexer')
+    op.drop_table('reread', schema='indexer')
     op.drop_table('raw_log', schema='indexer')
     op.drop_table('programme_event', schema='indexer')
     op.drop_table('programme', schema='indexer')
@@ -495,7 +572,10 @@ def drop_tables() -> None:
     op.drop_table('movement', schema='indexer')
     op.drop_table('lease', schema='indexer')
     op.drop_table('instance', schema='indexer')
+    op.drop_table('forgotten_signal', schema='indexer')
+    op.drop_table('emitter_role', schema='indexer')
     op.drop_table('emitter', schema='indexer')
+    op.drop_table('delivery_attempt', schema='indexer')
     op.drop_table('delivery', schema='indexer')
     op.drop_table('coverage', schema='indexer')
     op.drop_table('chain', schema='indexer')
@@ -511,9 +591,7 @@ def upgrade() -> None:
     op.execute("CREATE SCHEMA loyalty")
     contract = files("indexer.store").joinpath("contract")
     for name in CONTRACT:
-        if contract.joinpath(name).is_file():
-            execute_script(contract.joinpath(name).read_text(encoding="utf-8"))
-    execute_script(GRANTS)
+        execute_script(contract.joinpath(name).read_text(encoding="utf-8"))
 
 
 def downgrade() -> None:

@@ -16,9 +16,9 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import backfill, settlement
+from tests.bench import backfill, pull, settlement, webhooks, workers
 
-BENCHES = {"backfill": backfill, "settlement": settlement}
+BENCHES = {"backfill": backfill, "settlement": settlement, "pull": pull, "webhooks": webhooks, "workers": workers}
 
 
 def machine() -> dict[str, Any]:
@@ -51,7 +51,7 @@ def main() -> None:
         if name == "backfill":
             result = asyncio.run(backfill.run(asked.scale, durable=not asked.no_fsync, profile=asked.profile))
         else:
-            result = asyncio.run(settlement.run(asked.scale))
+            result = asyncio.run(BENCHES[name].run(asked.scale))
         report[name] = result
         if not asked.json:
             show(console, name, BENCHES[name].table(result), BENCHES[name].NOTE)

@@ -108,6 +108,7 @@ class Population:
                     {finalized}, '\\x03', {finalized_ms}, {self.head - 200}""",
             f"""INSERT INTO indexer.emitter (chain_id, address, kind, factory, start_block, followed_from) VALUES
                 ({CHAIN}, {factory}, 'factory', {factory}, 0, 0), ({CHAIN}, {token}, 'token', {factory}, 1, 1)""",
+            f"INSERT INTO indexer.emitter_role (chain_id, address, factory, start_block) VALUES ({CHAIN}, {factory}, {factory}, 0)",
             f"""INSERT INTO indexer.coverage (chain_id, emitter, verdict, blocks)
                 VALUES ({CHAIN}, '', 'gate', int8multirange(int8range(0, {self.head}, '[]')))""",
             f"INSERT INTO indexer.brand (name, configured_at, unmatched_since) VALUES ('{BRAND}', {since}, {since}), ('other', {since}, {since})",

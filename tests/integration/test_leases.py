@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -18,8 +21,12 @@ import asyncpg
 import pytest
 from asyncpg.transaction import Transaction
 
+from indexer.store import schema
 from indexer.store.database import Database
+from indexer.store.embedded import EmbeddedPostgres
 from indexer.store.leases import Lease, LeaseLost, Leases, SessionsWillNotEnd
+from indexer.supervision import Supervisor
+from indexer.telemetry import Metrics
 
 Start = Callable[[str], Awaitable[asyncio.subprocess.Process]]
 TASK = "follow:8453"
@@ -378,6 +385,79 @@ async def test_a_holder_under_another_role_is_named_not_overrun(database: Databa
             await Leases(database, ttl=TTL).acquire(TASK)
     finally:
         await foreign.close()
+
+
+# --------------------------------------------------------------------------- a database that went away
+
+
+async def test_an_epoch_of_our_own_that_we_let_go_is_not_waited_for(database: Database) -> None:
+    """The row says that it is ours for another hour; the sessions that we wrote with may even live on."""
+    leases = Leases(database, ttl=3600)
+    async with leases.hold(TASK) as first:
+        pass
+    ghost = await database.session(f"indexer:{TASK}")  # of ours, on the far side of a network that broke
+    await ghost.execute("BEGIN")
+    await write(ghost, 1)
+    await database.pool.execute(
+        """
+        UPDATE indexer.lease SET holder = $2, until = clock_timestamp() + interval '1 hour', sessions = (
+            SELECT jsonb_build_array(jsonb_build_object('pid', pid, 'started', backend_start, 'role', usename))
+            FROM pg_stat_activity WHERE pid = $3) WHERE task = $1
+        """,
+        TASK,
+        leases.holder,
+        ghost.get_server_pid(),
+    )
+    with at_most(10):
+        second = await leases.acquire(TASK)
+    assert second is not None and second.epoch == first.epoch + 1
+    assert await sessions_of(database, TASK) == [second.connection.get_server_pid()]
+    assert await leases.acquire(TASK) is None  # held here now: nobody of us takes it from us
+    assert await Leases(database, ttl=3600).acquire(TASK) is None
+    async with second.transaction() as connection:
+        await write(connection, 2)
+    await second.connection.close()
+    ghost.terminate()
+    assert await written(database) == [2]
+
+
+async def test_a_task_runs_again_as_soon_as_the_database_is_back() -> None:
+    """Under a lease of an hour: nothing is left to lapse. Two tasks, of which one holds a transaction open."""
+    state = Path(tempfile.mkdtemp(prefix="indexer-test-"))
+    state.chmod(0o711)
+    try:
+        async with EmbeddedPostgres(state, durable=False) as postgres:
+            await schema.migrate(postgres.dsn("indexer_owner"))
+            url = postgres.dsn("indexer")
+            async with await Database.connect(url, pool_size=4) as database:
+                begun: dict[str, list[int]] = {"quiet": [], "busy": []}
+
+                async def body(lease: Lease) -> None:
+                    begun[lease.task].append(lease.epoch)
+                    async with lease.transaction() as connection:
+                        if lease.task == "busy":
+                            await connection.fetchval("SELECT pg_sleep(3600)")
+                    await asyncio.sleep(3600)
+
+                async def epochs(count: int) -> None:
+                    async with asyncio.timeout(30):
+                        while any(len(seen) < count for seen in begun.values()):
+                            await asyncio.sleep(0.02)
+
+                supervisor = Supervisor(Leases(database, ttl=3600), Metrics(), random.Random(1))
+                loops = [asyncio.create_task(supervisor.keep(task, body)) for task in begun]
+                try:
+                    await epochs(1)
+                    await postgres.stop()
+                    async with EmbeddedPostgres(state, durable=False):
+                        await epochs(2)
+                        assert all(first < second for first, second in begun.values())
+                finally:
+                    for task in loops:
+                        task.cancel()
+                    await asyncio.gather(*loops, return_exceptions=True)
+    finally:
+        shutil.rmtree(state, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -69,8 +69,12 @@ async def test_migrations_build_what_tables_declares_and_take_it_down_again(post
 
 async def test_a_new_database_has_one_stream_and_no_second(database: Database, owner_dsn: str) -> None:
     assert await database.pool.fetchval("SELECT count(*) FROM indexer.instance") == 1
-    with pytest.raises(asyncpg.UniqueViolationError):
-        await database.pool.execute("INSERT INTO indexer.instance (stream) VALUES (gen_random_uuid())")
+    owner = await asyncpg.connect(owner_dsn)
+    try:
+        with pytest.raises(asyncpg.UniqueViolationError):
+            await owner.execute("INSERT INTO indexer.instance (stream) VALUES (gen_random_uuid())")
+    finally:
+        await owner.close()
 
 
 async def test_replicas_that_migrate_at_once_do_not_collide(postgres: Postgres) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import secrets
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import count
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
 
 from indexer.model.types import Address
-from indexer.store import queries
+from indexer.store import queries, sql_users
 from indexer.store.database import Database
 from indexer.store.overview import observe_database, overview
 from indexer.telemetry import Metrics
@@ -250,7 +252,7 @@ async def test_balances_of_refuses_what_is_no_wallet(world: World) -> None:
     assert caught.value.sqlstate == "LY422"
 
 
-async def test_one_wallet_or_operation_is_found_by_index(world: World) -> None:
+async def test_one_wallet_operation_or_signal_is_found_by_index(world: World, owner_dsn: str) -> None:
     """The plan at a size where it matters: no sequential scan of a table that grows."""
     await world.conn.execute(
         """
@@ -275,23 +277,70 @@ async def test_one_wallet_or_operation_is_found_by_index(world: World) -> None:
     await world.conn.execute(
         """
         INSERT INTO indexer.operation (id, brand, reference, request, requested_at, requested_at_stated, state)
-        SELECT gen_random_uuid(), 'bloom', n::text, '{"legs": []}', now(), false, 'pending' FROM generate_series(1, 20000) n
+        SELECT gen_random_uuid(), CASE n % 2 WHEN 0 THEN 'bloom' ELSE 'rose' END, n::text, '{"legs": []}', now(), false, 'pending'
+        FROM generate_series(1, 20000) n
         """
     )
-    scanned = {}
-    for query in (
-        "SELECT * FROM indexer.holding WHERE wallet = '\\xa1a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1'",
-        "SELECT * FROM loyalty.operations WHERE brand = 'bloom' AND reference = '77'",
-        "SELECT * FROM loyalty.operations WHERE id = '00000000-0000-0000-0000-000000000000'",
-        "SELECT * FROM loyalty.settlements WHERE operation_id = '00000000-0000-0000-0000-000000000000'",
-        "SELECT * FROM loyalty.pending_fulfilments WHERE brand = 'bloom'",
-        "SELECT * FROM loyalty.signals WHERE brand = 'bloom' AND sequence > 5 ORDER BY sequence LIMIT 10",
-    ):
-        async with world.conn.transaction():
-            await world.conn.execute("SET LOCAL random_page_cost = 1.1")
-            plan = await world.conn.fetchval("EXPLAIN (FORMAT JSON) " + query)
-        scanned[query] = _sequential(plan) & {"movement", "transfer", "operation", "claim", "receipt", "outbox"}
-    assert {query: tables for query, tables in scanned.items() if tables - {"receipt", "outbox"}} == {}
+    await world.conn.execute(
+        """
+        INSERT INTO indexer.outbox (id, brand, aggregatetype, aggregateid, type, payload, sequence)
+        SELECT gen_random_uuid(), o.brand, 'operation', o.id, 'operation.submitted', '{}', o.reference::int FROM indexer.operation o
+        """
+    )
+    owner = await asyncpg.connect(owner_dsn)
+    name = f"test_{secrets.token_hex(6)}"
+    try:
+        await owner.execute("ANALYZE")
+        login = urlsplit(owner_dsn)._replace(
+            netloc=f"{name}:{await sql_users.add(owner, name, 'bloom')}@{urlsplit(owner_dsn).netloc.rpartition('@')[2]}"
+        )
+        brand = await asyncpg.connect(urlunsplit(login))
+        try:
+            scanned = {f"daemon: {query}": await _scanned(world.conn, query) for query in (*INDEXED, *PRIVATE)}
+            scanned |= {f"a brand: {query}": await _scanned(brand, query) for query in INDEXED}
+        finally:
+            await brand.close()
+    finally:
+        await sql_users.remove(owner, name)
+        await owner.close()
+    assert {query: tables for query, tables in scanned.items() if tables} == {}
+
+
+# Behind security_barrier a condition reaches the indexes where its operator is known not to leak: those of uuid, text and
+# bigint are. None names the brand: a brand's login need not.
+NOBODY = "'00000000-0000-0000-0000-000000000000'"
+INDEXED = (
+    "SELECT * FROM loyalty.operations WHERE reference = '78'",
+    "SELECT * FROM loyalty.operations WHERE brand = 'bloom' AND reference = '78'",
+    f"SELECT * FROM loyalty.operations WHERE id = {NOBODY}",
+    f"SELECT * FROM loyalty.settlements WHERE operation_id = {NOBODY}",
+    f"SELECT * FROM loyalty.exposures WHERE operation_id = {NOBODY}",
+    "SELECT * FROM loyalty.exposures",
+    "SELECT * FROM loyalty.pending_fulfilments",
+    f"SELECT * FROM loyalty.pending_fulfilments WHERE operation_id = {NOBODY}",
+    f"SELECT * FROM loyalty.issuances WHERE operation_id = {NOBODY}",
+    f"SELECT * FROM loyalty.redemptions WHERE operation_id = {NOBODY}",
+    "SELECT * FROM loyalty.issuances WHERE chain_id = 8453 AND block_number BETWEEN 100100 AND 100200",
+    "SELECT * FROM loyalty.redemptions WHERE chain_id = 8453 AND block_number BETWEEN 100100 AND 100200",
+    "SELECT * FROM loyalty.unmatched WHERE chain_id = 8453 AND block_number BETWEEN 100100 AND 100200",
+    "SELECT * FROM loyalty.transfers WHERE chain_id = 8453 AND block_number BETWEEN 100100 AND 100200",
+    "SELECT * FROM loyalty.signals WHERE sequence > 5 AND sequence <= 25 ORDER BY sequence",
+    "SELECT * FROM loyalty.signals WHERE brand = 'bloom' AND sequence > 19900 ORDER BY sequence LIMIT 10",
+    f"SELECT * FROM loyalty.signals WHERE operation_id = {NOBODY}",
+)
+PRIVATE = (  # the body of loyalty.balances_of
+    """
+    SELECT * FROM indexer.holding b WHERE wallet = '\\xa1a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1'
+    AND (b.brand = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v)) OR (SELECT v.keeper OR v.reader FROM indexer.viewer v))
+    """,
+)
+LARGE = {"movement", "transfer", "operation", "outbox"}
+
+
+async def _scanned(conn: Any, query: str) -> set[str]:
+    """Which tables of 20,000 rows would be read from end to end."""
+    plan = await conn.fetchval("EXPLAIN (FORMAT JSON) " + query)
+    return _sequential(json.loads(plan) if isinstance(plan, str) else plan) & LARGE
 
 
 def _sequential(plan: Any) -> set[str]:
@@ -303,7 +352,7 @@ def _sequential(plan: Any) -> set[str]:
     return own.union(*map(_sequential, plan.values()))
 
 
-async def test_settlements_pending_exposures_and_unmatched_tell_apart(world: World) -> None:
+async def test_settlements_pending_exposures_and_unmatched_tell_apart(world: World, owner_dsn: str) -> None:
     settled = await world.movement("redemption", ALICE, 10)
     await world.movement("redemption", ALICE, 11)
     await world.movement("redemption", ALICE, 12, issuer=STRANGER)
@@ -344,7 +393,11 @@ async def test_settlements_pending_exposures_and_unmatched_tell_apart(world: Wor
     assert value("loyalty_oldest_open_age_seconds", {"brand": "bloom"}) is not None
     assert value("loyalty_oldest_unsent_age_seconds", {"brand": "bloom"}) == 0
     await world.claim(await world.operation("late", "confirming"), (await _row(world, 11)))
-    await world.conn.execute("DELETE FROM indexer.receipt")
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await world.conn.execute("DELETE FROM indexer.receipt")  # not even the daemon
+    owner = await asyncpg.connect(owner_dsn)
+    await owner.execute("DELETE FROM indexer.receipt")
+    await owner.close()
     await observe_database(world.conn, metrics)
     assert value("loyalty_unmatched", {"brand": "bloom"}) == 0
     assert value("loyalty_exposures", {"brand": "bloom"}) == 0
@@ -368,6 +421,9 @@ async def test_only_numbered_signals_are_visible_and_the_oldest_unsent_is_known(
     assert [unsent.brand for unsent in (await overview(world.conn)).unsent] == ["bloom"]
     await world.conn.execute("UPDATE indexer.outbox SET sequence = 2 WHERE sequence IS NULL")
     assert (await overview(world.conn)).unsent == []
+    await world.conn.execute(
+        "INSERT INTO indexer.webhook (brand, name, events) VALUES ('bloom', 'shop', '{operation.*}')"
+    )
     await world.conn.execute(
         """INSERT INTO indexer.delivery (brand, webhook, signal_id, aggregateid, sequence, type)
            SELECT brand, 'shop', id, aggregateid, sequence, type FROM indexer.outbox"""

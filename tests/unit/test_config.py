@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -328,6 +328,19 @@ def in_chain(more: str, rpc: str = '[{ url = "https://one.example" }, { url = "h
         (in_webhook("http://10.0.0.1/x", 'allow = ["192.168.0.0/16"]'), "brands[0].webhooks[0].url", "private"),
         (in_webhook("https://169.254.169.254/"), "brands[0].webhooks[0].url", "private"),
         (in_webhook("https://localhost/"), "brands[0].webhooks[0].url", "private"),
+        (in_webhook("https://LOCALHOST./"), "brands[0].webhooks[0].url", "private"),
+        (in_webhook("https://[::ffff:10.0.0.1]/"), "brands[0].webhooks[0].url", "private"),
+        (in_webhook("https://user:pass@shop.example/"), "brands[0].webhooks[0].url", "user or password"),
+        (in_webhook("https://@shop.example/"), "brands[0].webhooks[0].url", "user or password"),
+        (in_webhook("https://2130706433/"), "brands[0].webhooks[0].url", "is a number"),
+        (in_webhook("https://127.1/"), "brands[0].webhooks[0].url", "is a number"),
+        (in_webhook("https://0x7f.0.0.0x1/"), "brands[0].webhooks[0].url", "is a number"),
+        (in_webhook("https://010.0.0.1/", 'allow = ["10.0.0.0/8"]'), "brands[0].webhooks[0].url", "is a number"),
+        (
+            in_webhook("https://x.example/", "pause_after_hours = 0"),
+            "brands[0].webhooks[0].pause_after_hours",
+            "equal to 1",
+        ),
         (
             in_webhook("https://x.example/", 'allow = ["10.0.0.1/8"]'),
             "brands[0].webhooks[0].allow[0]",
@@ -622,6 +635,12 @@ def test_a_reachable_policy_is_not_warned_of(write: Write) -> None:
 # --------------------------------------------------------------------------- the schema, and anything at all
 
 
+def test_signals_do_not_go_before_their_deliveries(write: Write) -> None:
+    assert load(write(DATABASE + "[retention]\nsignals_days = 90\n"), {}).retention.signals_days == 90
+    refused = only(problems(write(DATABASE + "[retention]\nsignals_days = 30\n")))
+    assert refused.where == "retention.signals_days"
+
+
 def test_the_schema_describes_every_key_and_the_documents_name_it() -> None:
     schema = json_schema()
     documents = (ROOT / "docs" / "configuration.md").read_text()
@@ -646,6 +665,7 @@ trees = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(["DATABASE", "HTTP", "CHAINS", "BRANDS", "STATE_DIR"]), trees, min_size=1))
 def test_whatever_is_written_the_answer_is_a_tree_or_problems(tree: dict[str, Any]) -> None:
     environ = {f"INDEXER_{key}": json.dumps(value) for key, value in tree.items()} | {"INDEXER_CONFIG": "/dev/null"}

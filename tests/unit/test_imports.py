@@ -31,9 +31,12 @@ ALLOWED: dict[str, frozenset[str]] = {
     **dict.fromkeys(MIDDLE, INNER),
     "supervision": INNER,  # keeps loops running, whatever they do
     "observation": INNER,  # what loops report, as metrics
-    "daemon": MIDDLE | INNER | {"supervision", "observation"},
+    "maintenance": INNER,  # what is over is forgotten
+    "reload": INNER,  # what of another configuration takes effect at once
+    "daemon": MIDDLE | INNER | {"supervision", "observation", "maintenance", "reload"},
     "terminal": INNER,  # what the commands print
-    "cli": MIDDLE | INNER | {"daemon", "terminal", "sandbox"},
+    "commands": MIDDLE | INNER | {"daemon", "terminal", "sandbox"},  # what the command line does, by subject
+    "cli": MIDDLE | INNER | {"daemon", "terminal", "sandbox", "commands"},
     "__main__": frozenset({"cli"}),
     "sandbox": frozenset({"model.types", "store.embedded"}),
 }

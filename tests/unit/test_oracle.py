@@ -18,6 +18,7 @@ from tests.oracle import (
     RESTORED,
     REVERTED,
     Basis,
+    Delivery,
     Demand,
     Event,
     Facts,
@@ -26,12 +27,14 @@ from tests.oracle import (
     Moment,
     Ready,
     Told,
+    judge_deliveries,
     judge_facts,
     judge_ready,
     judge_received,
     judge_signals,
     judge_states,
     judge_trace,
+    settled_after,
 )
 from tests.truth import Contracts, _announced, _load_events, facts_of
 
@@ -193,6 +196,44 @@ def test_one_event_never_makes_two_ready() -> None:
     assert judge_ready(pair, [moment(0)], grace=9) == ["one event made both a and b ready"]
     twice = replace(pair[0], legs=pair[0].legs * 2)
     assert judge_ready([twice], [moment(0)], grace=9) == ["a: one event settles two legs"]
+
+
+# --------------------------------------------------------------------------- deliveries
+
+
+DELIVERED = Delivery(UUID(int=7), OPERATION, 1, READY, "delivered", 1, (10.0,), 10.0)
+
+
+def test_what_a_dispatcher_says_is_held_against_what_arrived() -> None:
+    def wrong(one: Delivery, *received: UUID, dead_allowed: bool = True, **taken_back: float) -> str:
+        back = {UUID(int=7): taken_back["at"]} if taken_back else {}
+        return "; ".join(judge_deliveries([one], received, back, most_attempts=3, dead_allowed=dead_allowed))
+
+    id = UUID(int=7)
+    assert wrong(DELIVERED, id) == ""
+    assert "never arrived" in wrong(DELIVERED)
+    assert "still waiting" in wrong(replace(DELIVERED, state="pending"), id)
+    assert wrong(replace(DELIVERED, state="dead", attempts=3)) == ""
+    assert "dead letter after 2" in wrong(replace(DELIVERED, state="dead", attempts=2))
+    assert "dead letter" in wrong(replace(DELIVERED, state="dead", attempts=3), dead_allowed=False)
+    assert "attempted 4 times" in wrong(replace(DELIVERED, attempts=4), id)
+    assert "no hint" in wrong(replace(DELIVERED, state="dropped"))
+    assert wrong(replace(DELIVERED, state="dropped", type=CONFIRMING)) == ""
+    superseded = replace(DELIVERED, state="superseded", attempts=0, begun=(), last_begun=None)
+    assert wrong(superseded, at=11) == ""
+    assert "nothing took it back" in wrong(superseded)
+    assert "without an attempt" in wrong(superseded, id, at=11)
+    assert wrong(replace(superseded, begun=(10.0,), last_begun=10.0), id, at=11) == ""
+    assert "after it was taken back" in wrong(replace(superseded, begun=(12.0,), last_begun=12.0), id, at=11)
+
+
+def test_who_follows_the_receivers_rule_goes_by_the_highest_number() -> None:
+    ready, reverted = (
+        replace(told, status=word) for told, word in zip(LIFE[1:4:2], ("ready", "reverted"), strict=True)
+    )
+    assert not settled_after([])
+    assert settled_after([ready]) and not settled_after([ready, reverted])
+    assert not settled_after([reverted, ready])  # the ready came late: it is ignored
 
 
 # --------------------------------------------------------------------------- facts

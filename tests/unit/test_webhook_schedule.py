@@ -8,7 +8,16 @@ from uuid import UUID
 
 import pytest
 
-from indexer.signals.attempts import JITTER, LONGEST_RETRY_AFTER, SCHEDULE, Reply, judge, retry_after
+from indexer.signals.attempts import (
+    ANSWER_BYTES,
+    JITTER,
+    LONGEST_RETRY_AFTER,
+    SCHEDULE,
+    Reply,
+    judge,
+    printable,
+    retry_after,
+)
 from indexer.store.deliveries import Attempt, Outcome
 
 NOW = datetime(2026, 11, 21, 10, 0, tzinfo=UTC)
@@ -84,3 +93,22 @@ def test_retry_after_lengthens_a_pause_and_never_shortens_it(status: int) -> Non
 
 def test_retry_after_of_another_status_is_not_an_instruction() -> None:
     assert outcome(Reply(500, retry_after="300")).retry_in < 10
+
+
+@pytest.mark.parametrize(
+    ("answer", "kept"),
+    [
+        (b"", ""),
+        (b"no such order", "no such order"),
+        ("nicht gefunden: Einlösung".encode(), "nicht gefunden: Einlösung"),
+        (b"<h1>\r\n\tdown</h1>", "<h1>\\r\\n\\tdown</h1>"),
+        (b"\x1b[2J\x07gone\x00", "\\x1b[2J\\x07gone\\x00"),  # no terminal is painted on, and PostgreSQL takes it
+        (b"\xff\xfe", "\\xff\\xfe"),
+        ("left \u202e right".encode(), "left \\u202e right"),
+        (b"x" * 5000, "x" * ANSWER_BYTES),
+    ],
+)
+def test_the_beginning_of_an_answer_is_kept_as_text_that_is_safe_to_print(answer: bytes, kept: str) -> None:
+    assert printable(answer) == kept
+    assert outcome(Reply(500, answer=answer, seconds=0.25)).answer == (kept or None)
+    assert outcome(Reply(500, answer=answer, seconds=0.25)).seconds == 0.25

@@ -1,15 +1,42 @@
--- Schema `loyalty`: the functions, the only writers of operations, receipts, wishes and decisions.
--- HTTP and the command line call them too. They record facts and ask the reconciler to look (indexer.touched_operation);
--- no state changes here. SECURITY DEFINER with a pinned search_path; EXECUTE is revoked from PUBLIC.
+-- Schema `loyalty`: the functions, the only writers of operations, receipts, wishes and decisions. Claims and receipts are in
+-- fulfilment.sql, who may call what in grants.sql. HTTP and the command line call them too. They record facts and ask the
+-- reconciler to look (indexer.touched_operation); no state changes here.
+--
+-- Who calls is session_user, which no SET and no SET ROLE changes: never current_user, never a setting. SECURITY DEFINER with
+-- a pinned search_path, pg_temp last: where it is not named, PostgreSQL looks for tables and types there first.
 --
 -- Errors carry SQLSTATE LY400 (malformed), LY403 (not yours), LY404 (no such thing), LY409 (conflict) or LY422 (cannot be
--- what it says), a MESSAGE for people and a JSON object in DETAIL.
+-- what it says), a MESSAGE for people and a JSON object in DETAIL. Another brand's operation does not exist: LY404.
+
+SET LOCAL search_path = pg_catalog, pg_temp; -- for names in views and defaults, which are looked up now
+
+-- ------------------------------------------------------------------------------------------------ who calls
+
+-- The login behind this session. `keeper`: the daemon, the owner, a superuser, for whom there are no brands.
+CREATE OR REPLACE VIEW indexer.viewer AS
+    SELECT (SELECT l.brand FROM indexer.brand_login l WHERE l.login = session_user::text) AS brand, -- brand_login_pk
+           pg_has_role(session_user, 'loyalty_daemon', 'MEMBER') OR pg_has_role(session_user, n.nspowner, 'MEMBER') AS keeper,
+           pg_has_role(session_user, 'loyalty_reader', 'MEMBER') AS reader
+    FROM pg_namespace n WHERE n.nspname = 'loyalty';
+
+-- The brand in whose name the caller acts; null for keepers, who act for every one. Raises LY403 for anybody else.
+CREATE OR REPLACE FUNCTION indexer.acting_brand() RETURNS text
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    v record;
+BEGIN
+    SELECT w.brand, w.keeper INTO v FROM indexer.viewer w;
+    IF v.brand IS NULL AND NOT v.keeper THEN
+        PERFORM indexer.refuse('LY403', format('login %s is tied to no brand: the owner of the database does that (indexer sql-user add)', session_user));
+    END IF;
+    RETURN v.brand;
+END $$;
 
 -- ------------------------------------------------------------------------------------------------ derived identifiers
 
 -- SHA-1 (RFC 3174), so that UUIDv5 needs no extension that a managed PostgreSQL may lack.
 CREATE OR REPLACE FUNCTION indexer.sha1(message bytea) RETURNS bytea
-LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE SET search_path = pg_catalog AS $$
+LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     padded bytea;
     words bigint[];
@@ -47,7 +74,7 @@ END $$;
 
 -- UUIDv5 (RFC 9562, 5.5) of a name in a namespace.
 CREATE OR REPLACE FUNCTION indexer.uuid5(namespace uuid, name text) RETURNS uuid
-LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE SET search_path = pg_catalog AS $$
+LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     digest bytea := substring(indexer.sha1(uuid_send(namespace) || convert_to(name, 'UTF8')) FROM 1 FOR 16);
 BEGIN
@@ -59,7 +86,7 @@ END $$;
 -- An operation's id, of its brand and reference: the same registration anywhere gives the same id.
 -- The namespace is model/operation.py's NAMESPACE_OPERATION; a brand's name holds no slash.
 CREATE OR REPLACE FUNCTION indexer.operation_id(brand text, reference text) RETURNS uuid
-LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE SET search_path = pg_catalog AS $$
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE SET search_path = pg_catalog, pg_temp AS $$
     SELECT indexer.uuid5('6f7d6b1c-6d0f-5a8e-9c55-0b6b3f6a9e01', brand || '/' || reference)
 $$;
 
@@ -68,7 +95,7 @@ $$;
 -- Whether the chain's follower, under the lease it holds now, has linked a head to what is stored in the last 30 seconds. While
 -- it has not, stored blocks may have been undone unseen: facts go on, signals of readiness wait.
 CREATE OR REPLACE FUNCTION indexer.is_live(c indexer.chain) RETURNS boolean
-LANGUAGE sql STABLE SET search_path = pg_catalog AS $$
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT coalesce(c.head_at > clock_timestamp() - interval '30 seconds', false)
        AND l.epoch IS NOT DISTINCT FROM c.linked_epoch AND (l.task IS NULL OR l.until > clock_timestamp())
     FROM (SELECT 1) AS one LEFT JOIN indexer.lease l ON l.task = 'follow:' || c.chain_id
@@ -77,14 +104,14 @@ $$;
 -- ------------------------------------------------------------------------------------------------ reading a request
 
 CREATE OR REPLACE FUNCTION indexer.refuse(code text, message text, detail jsonb DEFAULT '{}') RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RAISE EXCEPTION USING ERRCODE = code, MESSAGE = message, DETAIL = detail::text;
 END $$;
 
 -- 0x hex of `size` bytes from a JSON string; null when absent. Raises LY422.
 CREATE OR REPLACE FUNCTION indexer.read_bytes(object jsonb, key text, size int, place text) RETURNS bytea
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog AS $$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     value text := object ->> key;
 BEGIN
@@ -98,7 +125,7 @@ END $$;
 
 -- A uint256 from a decimal string or a JSON integer; null when absent. Raises LY422.
 CREATE OR REPLACE FUNCTION indexer.read_uint256(object jsonb, key text, place text) RETURNS numeric
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog AS $$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     value text := object ->> key;
 BEGIN
@@ -112,11 +139,11 @@ BEGIN
 END $$;
 
 CREATE OR REPLACE FUNCTION indexer.hex0x(value bytea) RETURNS text
-LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE SET search_path = pg_catalog AS $$ SELECT '0x' || encode(value, 'hex') $$;
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE SET search_path = pg_catalog, pg_temp AS $$ SELECT '0x' || encode(value, 'hex') $$;
 
 -- Refuses keys that the contract does not know, naming them: a misspelt deadline must not be silently none.
 CREATE OR REPLACE FUNCTION indexer.only_keys(object jsonb, known text[], place text) RETURNS void
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog AS $$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     strange text;
 BEGIN
@@ -129,7 +156,7 @@ END $$;
 
 -- One Loyfin leg, normalised: every field present, bytes in lower case, numbers as decimal strings.
 CREATE OR REPLACE FUNCTION indexer.normalise_leg(given jsonb, brand text, place text) RETURNS jsonb
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog AS $$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     kind text := given ->> 'kind';
     chain numeric; factory bytea; issuer bytea; holder bytea; loyalty_id bytea; nonce bytea; operation_hash bytea;
@@ -196,6 +223,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     brand text := request ->> 'brand';
     reference text := request ->> 'reference';
+    acting text := indexer.acting_brand();
     metadata jsonb := coalesce(nullif(request -> 'metadata', 'null'), '{}');
     requested timestamptz;
     legs jsonb := '[]';
@@ -209,6 +237,9 @@ BEGIN
         PERFORM indexer.refuse('LY400', 'the registration must be a JSON object');
     END IF;
     PERFORM indexer.only_keys(request, ARRAY['brand', 'reference', 'requestedAt', 'metadata', 'legs'], 'operation');
+    IF acting IS NOT NULL AND brand IS DISTINCT FROM acting THEN -- before anything tells which brands there are
+        PERFORM indexer.refuse('LY403', format('brand: this login registers operations of %s alone', acting), '{"field": "brand"}');
+    END IF;
     IF jsonb_typeof(request -> 'brand') IS DISTINCT FROM 'string' OR NOT EXISTS (SELECT 1 FROM indexer.brand b WHERE b.name = brand AND b.active) THEN
         PERFORM indexer.refuse('LY422', format('brand: %s is not configured here', coalesce(quote_literal(left(brand, 60)), 'none given')), '{"field": "brand"}');
     END IF;
@@ -279,7 +310,7 @@ END $$;
 
 -- The last second at which some leg's signed action can still be executed; null when nothing bounds it.
 CREATE OR REPLACE FUNCTION indexer.executable_until(operation uuid) RETURNS text
-LANGUAGE sql STABLE SET search_path = pg_catalog AS $$
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     -- a leg's bound is the smaller non-zero of deadline and bucket; beyond 2^40 is never (design 5, Expiry)
     SELECT CASE WHEN bool_or(bound IS NULL) THEN NULL ELSE max(bound)::text END
     FROM (SELECT least(CASE WHEN deadline BETWEEN 1 AND 1099511627776 THEN deadline END, CASE WHEN bucket BETWEEN 1 AND 1099511627776 THEN bucket END) AS bound
@@ -290,9 +321,11 @@ $$;
 CREATE OR REPLACE FUNCTION loyalty.cancel(operation_id uuid) RETURNS jsonb
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    acting text := indexer.acting_brand();
     o record;
 BEGIN
-    SELECT p.id, p.state, p.cancelled_at INTO o FROM indexer.operation p WHERE p.id = cancel.operation_id FOR NO KEY UPDATE;
+    SELECT p.id, p.state, p.cancelled_at INTO o FROM indexer.operation p
+    WHERE p.id = cancel.operation_id AND (acting IS NULL OR p.brand = acting) FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         PERFORM indexer.refuse('LY404', 'no such operation');
     END IF;
@@ -307,52 +340,19 @@ BEGIN
     RETURN jsonb_build_object('outcome', 'accepted', 'executableUntil', indexer.executable_until(o.id));
 END $$;
 
--- Records that the brand handed over. A receipt of a generation that was taken back is recorded too, and returned as
--- outcome `reverted` (an exception would roll the record back). Idempotent by (operation, generation).
-CREATE OR REPLACE FUNCTION loyalty.fulfil(operation_id uuid, generation int, receipt jsonb, claim uuid DEFAULT NULL) RETURNS jsonb
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    o record;
-    known record;
-    verdict text;
-BEGIN
-    IF octet_length(coalesce(receipt, '{}')::text) > 8192 OR jsonb_typeof(coalesce(receipt, '{}')) <> 'object' THEN
-        PERFORM indexer.refuse('LY422', 'receipt: expected an object of at most 8 kB', '{"field": "receipt"}');
-    END IF;
-    IF claim IS NOT NULL THEN
-        PERFORM indexer.refuse('LY404', 'no such claim', jsonb_build_object('claim', claim));
-    END IF;
-    SELECT p.id, p.state, p.generation INTO o FROM indexer.operation p WHERE p.id = fulfil.operation_id FOR NO KEY UPDATE;
-    IF NOT FOUND THEN
-        PERFORM indexer.refuse('LY404', 'no such operation');
-    END IF;
-    SELECT r.outcome INTO known FROM indexer.receipt r WHERE r.operation_id = o.id AND r.generation = fulfil.generation;
-    IF FOUND THEN
-        RETURN jsonb_build_object('outcome', known.outcome, 'generation', generation, 'repeated', true);
-    END IF;
-    IF generation IS NULL OR generation < 1 OR generation > o.generation THEN
-        PERFORM indexer.refuse('LY409', format('generation %s was never ready; the operation is %s, generation %s', coalesce(generation::text, 'null'), o.state, o.generation),
-                               jsonb_build_object('status', o.state, 'generation', o.generation));
-    END IF;
-    verdict := CASE WHEN generation = o.generation AND o.state IN ('ready', 'fulfilled') THEN 'fulfilled' ELSE 'reverted' END;
-    INSERT INTO indexer.receipt (operation_id, generation, outcome, receipt, claim, actor)
-    VALUES (o.id, generation, verdict, coalesce(receipt, '{}'), claim, session_user);
-    INSERT INTO indexer.touched_operation (operation_id) VALUES (o.id);
-    NOTIFY indexer_registered;
-    RETURN jsonb_build_object('outcome', verdict, 'generation', generation, 'repeated', false);
-END $$;
-
 -- Records a person's decision on evidence that does not agree with its leg, or is ambiguous. Not granted to brands.
 CREATE OR REPLACE FUNCTION loyalty.resolve(operation_id uuid, evidence_id uuid, accept boolean, reason text, actor text) RETURNS jsonb
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     o record;
+    acting text := indexer.acting_brand();
     at_leg int;
 BEGIN
     IF accept IS NULL OR coalesce(length(trim(reason)), 0) NOT BETWEEN 1 AND 500 OR coalesce(length(trim(actor)), 0) NOT BETWEEN 1 AND 200 THEN
         PERFORM indexer.refuse('LY422', 'resolve: accept, a reason (1 to 500 characters) and an actor are needed', '{"field": "reason"}');
     END IF;
-    SELECT p.id, p.state, p.detail INTO o FROM indexer.operation p WHERE p.id = resolve.operation_id FOR NO KEY UPDATE;
+    SELECT p.id, p.state, p.detail INTO o FROM indexer.operation p
+    WHERE p.id = resolve.operation_id AND (acting IS NULL OR p.brand = acting) FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         PERFORM indexer.refuse('LY404', 'no such operation');
     END IF;
@@ -375,5 +375,8 @@ BEGIN
     RETURN jsonb_build_object('outcome', 'recorded');
 END $$;
 
-REVOKE ALL ON ALL FUNCTIONS IN SCHEMA loyalty FROM PUBLIC;
-REVOKE ALL ON ALL FUNCTIONS IN SCHEMA indexer FROM PUBLIC;
+COMMENT ON SCHEMA loyalty IS 'What programs may rely on: views to read, functions to write. docs/sql.md';
+COMMENT ON SCHEMA indexer IS 'Private to the indexer: it may change with every version';
+COMMENT ON FUNCTION loyalty.register_operation(jsonb) IS 'Registers what a brand waits for. Idempotent by brand and reference. Returns {"id": uuid, "created": bool}';
+COMMENT ON FUNCTION loyalty.cancel(uuid) IS 'Records that the brand no longer wants an operation that is not ready yet. Returns {"outcome": "accepted", "executableUntil": Unix seconds as text, or null}: until then its signed action may still be executed';
+COMMENT ON FUNCTION loyalty.resolve(uuid, uuid, boolean, text, text) IS 'Records a person''s decision on evidence that conflicts or is ambiguous. Returns {"outcome": "recorded"}. Not granted to brands';

@@ -1,6 +1,14 @@
 -- Schema `loyalty`: the views, what other programs read. Stable: a column is added at the end or not at all.
 -- Only canonical rows are shown; bytes are lower-case 0x text, chain amounts numeric, times timestamptz.
 -- A view never writes and never locks; each comment below is the documentation that `\d+ loyalty.<view>` prints.
+--
+-- They run with their owner's rights, behind security_barrier, and show the rows of the caller's brand: `brand = ANY (…)`
+-- rather than a choice, so that the indexes that begin with the brand serve a brand's login and a reader alike. A chain's
+-- rows carry the brand of their issuer; those of no brand here are for readers and keepers.
+
+-- The brands whose rows this session may see: its own, or all.
+CREATE OR REPLACE VIEW indexer.visible_brand AS
+    SELECT b.name AS brand FROM indexer.brand b, indexer.viewer v WHERE v.keeper OR v.reader OR b.name = v.brand;
 
 -- ------------------------------------------------------------------------------------------------ balances, private
 
@@ -53,14 +61,15 @@ CREATE OR REPLACE VIEW indexer.balance AS
 
 -- ------------------------------------------------------------------------------------------------ operations
 
-CREATE OR REPLACE VIEW loyalty.operations AS
+CREATE OR REPLACE VIEW loyalty.operations WITH (security_barrier) AS
     SELECT o.id, o.brand, o.reference, o.state AS status, o.state_at AS status_at, o.generation,
            o.requested_at, o.registered_at, o.cancelled_at, o.metadata,
            o.request -> 'legs' AS legs,
            coalesce(o.detail -> 'evidence', '[]') AS evidence,
            coalesce(o.detail -> 'waitingFor', '[]') AS waiting_for,
            coalesce(o.detail -> 'conflicts', '[]') AS conflicts
-    FROM indexer.operation o;
+    FROM indexer.operation o
+    WHERE o.brand = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v));
 COMMENT ON VIEW loyalty.operations IS 'Everything the brands registered, with its present status. Look one up by id, or by brand and reference.';
 COMMENT ON COLUMN loyalty.operations.id IS 'Derived from brand and reference: the same registration has the same id anywhere';
 COMMENT ON COLUMN loyalty.operations.brand IS 'Whose operation it is';
@@ -77,12 +86,17 @@ COMMENT ON COLUMN loyalty.operations.evidence IS 'What settles its legs, with ba
 COMMENT ON COLUMN loyalty.operations.waiting_for IS 'What is still missing, leg by leg';
 COMMENT ON COLUMN loyalty.operations.conflicts IS 'Evidence that does not agree with the terms of a leg: resolve it by its evidenceId';
 
-CREATE OR REPLACE VIEW loyalty.pending_fulfilments AS
+CREATE OR REPLACE VIEW loyalty.pending_fulfilments WITH (security_barrier) AS
     SELECT o.id AS operation_id, o.brand, o.reference, o.generation, o.state_at AS ready_at, o.requested_at, o.metadata,
-           o.request -> 'legs' AS legs
-    FROM indexer.operation o -- operation_open_idx
-    WHERE o.state = 'ready' AND NOT EXISTS (SELECT 1 FROM indexer.receipt r WHERE r.operation_id = o.id);
-COMMENT ON VIEW loyalty.pending_fulfilments IS 'Ready, and not yet handed over: what a brand has to do now. An operation with any receipt is never here.';
+           o.request -> 'legs' AS legs, c.consumer, c.claimed_until,
+           EXISTS (SELECT 1 FROM indexer.held h WHERE h.operation_id = o.id) AS held
+    FROM indexer.operation o -- operation_ready_idx
+    LEFT JOIN indexer.fulfilment_claim c ON c.operation_id = o.id AND c.ended_at IS NULL -- fulfilment_claim_open_idx
+                                        AND c.claimed_until > clock_timestamp() AND c.generation = o.generation
+    WHERE o.state = 'ready' AND NOT EXISTS (SELECT 1 FROM indexer.receipt r WHERE r.operation_id = o.id)
+      AND NOT EXISTS (SELECT 1 FROM indexer.held h WHERE h.operation_id = o.id)
+      AND o.brand = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v));
+COMMENT ON VIEW loyalty.pending_fulfilments IS 'Ready, and not yet handed over: what a brand has to do now. An operation with any receipt is never here, nor one that is held since a backup was put back.';
 COMMENT ON COLUMN loyalty.pending_fulfilments.operation_id IS 'The operation: the first argument of loyalty.fulfil';
 COMMENT ON COLUMN loyalty.pending_fulfilments.brand IS 'Who has to hand over';
 COMMENT ON COLUMN loyalty.pending_fulfilments.reference IS 'The brand''s own name for it';
@@ -91,8 +105,11 @@ COMMENT ON COLUMN loyalty.pending_fulfilments.ready_at IS 'Since when it is read
 COMMENT ON COLUMN loyalty.pending_fulfilments.requested_at IS 'When the customer asked';
 COMMENT ON COLUMN loyalty.pending_fulfilments.metadata IS 'The brand''s own words';
 COMMENT ON COLUMN loyalty.pending_fulfilments.legs IS 'The movements of value that settled';
+COMMENT ON COLUMN loyalty.pending_fulfilments.consumer IS 'Who has claimed it and is at it now; null: nobody';
+COMMENT ON COLUMN loyalty.pending_fulfilments.claimed_until IS 'Until when that claim lasts';
+COMMENT ON COLUMN loyalty.pending_fulfilments.held IS 'It may have been handed over before a backup was put back: not given to claim until a person says so';
 
-CREATE OR REPLACE VIEW loyalty.settlements AS
+CREATE OR REPLACE VIEW loyalty.settlements WITH (security_barrier) AS
     SELECT c.operation_id, o.brand, o.reference, c.leg, m.kind, c.evidence_id, c.basis, c.ambiguous, c.final, c.claimed_at,
            CASE WHEN c.block_number <= h.finalized_number THEN 'finalized' WHEN c.block_number <= h.safe_number THEN 'safe'
                 ELSE 'included' END AS confidence,
@@ -104,7 +121,8 @@ CREATE OR REPLACE VIEW loyalty.settlements AS
     JOIN indexer.operation o ON o.id = c.operation_id
     JOIN indexer.chain h ON h.chain_id = c.chain_id
     JOIN indexer.movement m ON m.chain_id = c.chain_id AND m.block_number = c.block_number AND m.log_index = c.log_index
-                           AND m.block_hash = c.block_hash AND m.canonical;
+                           AND m.block_hash = c.block_hash AND m.canonical
+    WHERE o.brand = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v));
 COMMENT ON VIEW loyalty.settlements IS 'Which evidence settles which leg: one to one.';
 COMMENT ON COLUMN loyalty.settlements.operation_id IS 'The operation';
 COMMENT ON COLUMN loyalty.settlements.brand IS 'Whose operation it is';
@@ -129,7 +147,7 @@ COMMENT ON COLUMN loyalty.settlements.holder IS 'Wallet in the event, 0x text';
 COMMENT ON COLUMN loyalty.settlements.bucket IS 'Expiry bucket: Unix seconds, 0 never expires';
 COMMENT ON COLUMN loyalty.settlements.amount IS 'Points moved';
 
-CREATE OR REPLACE VIEW loyalty.exposures AS
+CREATE OR REPLACE VIEW loyalty.exposures WITH (security_barrier) AS
     SELECT o.id AS operation_id, o.brand, o.reference, o.state AS status, o.state_at AS status_at, o.generation,
            r.generation AS fulfilled_generation, r.outcome, r.recorded_at AS fulfilled_at, r.receipt
     FROM indexer.operation o
@@ -137,7 +155,8 @@ CREATE OR REPLACE VIEW loyalty.exposures AS
         SELECT f.generation, f.outcome, f.recorded_at, f.receipt FROM indexer.receipt f -- receipt_pk
         WHERE f.operation_id = o.id ORDER BY f.generation DESC LIMIT 1
     ) r
-    WHERE o.generation > 0 AND o.state NOT IN ('ready', 'fulfilled');
+    WHERE o.generation > 0 AND o.state NOT IN ('ready', 'fulfilled')
+      AND o.brand = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v));
 COMMENT ON VIEW loyalty.exposures IS 'Handed out, and no longer settled: what a brand stands to lose, until the evidence returns.';
 COMMENT ON COLUMN loyalty.exposures.operation_id IS 'The operation';
 COMMENT ON COLUMN loyalty.exposures.brand IS 'Who handed over';
@@ -152,7 +171,7 @@ COMMENT ON COLUMN loyalty.exposures.receipt IS 'The receipt, as the brand gave i
 
 -- ------------------------------------------------------------------------------------------------ chain facts
 
-CREATE OR REPLACE VIEW loyalty.unmatched AS
+CREATE OR REPLACE VIEW loyalty.unmatched WITH (security_barrier) AS
     SELECT i.brand, m.kind, m.chain_id, m.block_number, '0x' || encode(m.block_hash, 'hex') AS block_hash,
            to_timestamp(m.block_time_ms / 1000.0) AS block_time, '0x' || encode(m.tx_hash, 'hex') AS tx_hash, m.log_index,
            '0x' || encode(m.factory, 'hex') AS factory, '0x' || encode(m.issuer, 'hex') AS issuer,
@@ -167,7 +186,8 @@ CREATE OR REPLACE VIEW loyalty.unmatched AS
     JOIN indexer.chain h ON h.chain_id = m.chain_id
     WHERE m.canonical AND NOT EXISTS (
         SELECT 1 FROM indexer.claim c -- claim_log_idx
-        WHERE c.chain_id = m.chain_id AND c.block_number = m.block_number AND c.log_index = m.log_index AND c.block_hash = m.block_hash);
+        WHERE c.chain_id = m.chain_id AND c.block_number = m.block_number AND c.log_index = m.log_index AND c.block_hash = m.block_hash)
+      AND b.name = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v));
 COMMENT ON VIEW loyalty.unmatched IS 'Issues and redemptions of the brands'' issuers that settle no operation, history included.';
 COMMENT ON COLUMN loyalty.unmatched.brand IS 'Brand of the issuer';
 COMMENT ON COLUMN loyalty.unmatched.kind IS 'loyfin.issuance or loyfin.redemption';
@@ -188,7 +208,7 @@ COMMENT ON COLUMN loyalty.unmatched.operation_hash IS 'The brand''s correlation 
 COMMENT ON COLUMN loyalty.unmatched.confidence IS 'included, safe or finalized: where the block is now';
 COMMENT ON COLUMN loyalty.unmatched.before_unmatched_since IS 'Older than the brand''s unmatched_since: never signalled';
 
-CREATE OR REPLACE VIEW loyalty.programs AS
+CREATE OR REPLACE VIEW loyalty.programs WITH (security_barrier) AS
     SELECT DISTINCT ON (p.chain_id, p.loyalty)
            p.chain_id, '0x' || encode(p.loyalty, 'hex') AS loyalty, '0x' || encode(p.factory, 'hex') AS factory,
            '0x' || encode(p.issuer, 'hex') AS issuer, '0x' || encode(p.loyalty_id, 'hex') AS loyalty_id, i.brand,
@@ -197,6 +217,7 @@ CREATE OR REPLACE VIEW loyalty.programs AS
     FROM indexer.programme p -- programme_token_idx
     LEFT JOIN indexer.issuer i ON i.address = p.issuer
     WHERE p.canonical
+      AND (i.brand = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v)) OR (SELECT v.keeper OR v.reader FROM indexer.viewer v))
     ORDER BY p.chain_id, p.loyalty, p.block_number, p.log_index;
 COMMENT ON VIEW loyalty.programs IS 'Loyalty programmes, each as its first announcement described it. The texts are the issuer''s: do not trust them.';
 COMMENT ON COLUMN loyalty.programs.chain_id IS 'Chain of the programme';
@@ -215,18 +236,21 @@ COMMENT ON COLUMN loyalty.programs.block_number IS 'Block of its creation';
 COMMENT ON COLUMN loyalty.programs.created_at IS 'Time of that block';
 COMMENT ON COLUMN loyalty.programs.tx_hash IS 'Transaction of its creation, 0x text';
 
-CREATE OR REPLACE VIEW loyalty.issuances AS
+CREATE OR REPLACE VIEW loyalty.issuances WITH (security_barrier) AS
     SELECT i.brand, m.chain_id, m.block_number, '0x' || encode(m.block_hash, 'hex') AS block_hash,
            to_timestamp(m.block_time_ms / 1000.0) AS block_time, '0x' || encode(m.tx_hash, 'hex') AS tx_hash, m.log_index,
            '0x' || encode(m.factory, 'hex') AS factory, '0x' || encode(m.issuer, 'hex') AS issuer,
            '0x' || encode(m.loyalty_id, 'hex') AS loyalty_id, '0x' || encode(m.loyalty, 'hex') AS loyalty,
            '0x' || encode(m.holder, 'hex') AS holder, m.bucket, m.amount, '0x' || encode(m.nonce, 'hex') AS nonce,
-           '0x' || encode(m.operation_hash, 'hex') AS operation_hash, '0x' || encode(m.data, 'hex') AS data, c.operation_id
+           '0x' || encode(m.operation_hash, 'hex') AS operation_hash, '0x' || encode(m.data, 'hex') AS data, o.id AS operation_id
     FROM indexer.movement m
     LEFT JOIN indexer.issuer i ON i.address = m.issuer
     LEFT JOIN indexer.claim c ON c.chain_id = m.chain_id AND c.block_number = m.block_number
                              AND c.log_index = m.log_index AND c.block_hash = m.block_hash
-    WHERE m.canonical AND m.kind = 'loyfin.issuance';
+    -- an issuer may have come from another brand: whose operations its old events settled is not the new one's to know
+    LEFT JOIN indexer.operation o ON o.id = c.operation_id AND o.brand = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v))
+    WHERE m.canonical AND m.kind = 'loyfin.issuance'
+      AND (i.brand = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v)) OR (SELECT v.keeper OR v.reader FROM indexer.viewer v));
 COMMENT ON VIEW loyalty.issuances IS 'Points issued, as the chain says (PointsIssued), of every issuer that the factories serve.';
 COMMENT ON COLUMN loyalty.issuances.brand IS 'Brand of the issuer; null when no brand here has it';
 COMMENT ON COLUMN loyalty.issuances.chain_id IS 'Chain of the event';
@@ -247,18 +271,21 @@ COMMENT ON COLUMN loyalty.issuances.operation_hash IS 'The brand''s correlation 
 COMMENT ON COLUMN loyalty.issuances.data IS 'Bytes signed along, 0x text: untrusted';
 COMMENT ON COLUMN loyalty.issuances.operation_id IS 'The operation that it settles; null for none';
 
-CREATE OR REPLACE VIEW loyalty.redemptions AS
+CREATE OR REPLACE VIEW loyalty.redemptions WITH (security_barrier) AS
     SELECT i.brand, m.chain_id, m.block_number, '0x' || encode(m.block_hash, 'hex') AS block_hash,
            to_timestamp(m.block_time_ms / 1000.0) AS block_time, '0x' || encode(m.tx_hash, 'hex') AS tx_hash, m.log_index,
            '0x' || encode(m.factory, 'hex') AS factory, '0x' || encode(m.issuer, 'hex') AS issuer,
            '0x' || encode(m.loyalty_id, 'hex') AS loyalty_id, '0x' || encode(m.loyalty, 'hex') AS loyalty,
            '0x' || encode(m.holder, 'hex') AS holder, m.bucket, m.amount, '0x' || encode(m.nonce, 'hex') AS nonce,
-           '0x' || encode(m.operation_hash, 'hex') AS operation_hash, '0x' || encode(m.data, 'hex') AS data, c.operation_id
+           '0x' || encode(m.operation_hash, 'hex') AS operation_hash, '0x' || encode(m.data, 'hex') AS data, o.id AS operation_id
     FROM indexer.movement m
     LEFT JOIN indexer.issuer i ON i.address = m.issuer
     LEFT JOIN indexer.claim c ON c.chain_id = m.chain_id AND c.block_number = m.block_number
                              AND c.log_index = m.log_index AND c.block_hash = m.block_hash
-    WHERE m.canonical AND m.kind = 'loyfin.redemption';
+    -- an issuer may have come from another brand: whose operations its old events settled is not the new one's to know
+    LEFT JOIN indexer.operation o ON o.id = c.operation_id AND o.brand = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v))
+    WHERE m.canonical AND m.kind = 'loyfin.redemption'
+      AND (i.brand = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v)) OR (SELECT v.keeper OR v.reader FROM indexer.viewer v));
 COMMENT ON VIEW loyalty.redemptions IS 'Points redeemed, as the chain says (PointsRedeemed), of every issuer that the factories serve.';
 COMMENT ON COLUMN loyalty.redemptions.brand IS 'Brand of the issuer; null when no brand here has it';
 COMMENT ON COLUMN loyalty.redemptions.chain_id IS 'Chain of the event';
@@ -279,7 +306,7 @@ COMMENT ON COLUMN loyalty.redemptions.operation_hash IS 'The brand''s correlatio
 COMMENT ON COLUMN loyalty.redemptions.data IS 'Bytes signed along, 0x text: untrusted';
 COMMENT ON COLUMN loyalty.redemptions.operation_id IS 'The operation that it settles; null for none';
 
-CREATE OR REPLACE VIEW loyalty.transfers AS
+CREATE OR REPLACE VIEW loyalty.transfers WITH (security_barrier) AS
     SELECT i.brand, t.chain_id, t.block_number, '0x' || encode(t.block_hash, 'hex') AS block_hash,
            to_timestamp(t.block_time_ms / 1000.0) AS block_time, '0x' || encode(t.tx_hash, 'hex') AS tx_hash, t.log_index, t.item, t.source,
            '0x' || encode(t.loyalty, 'hex') AS loyalty, '0x' || encode(t.operator, 'hex') AS operator,
@@ -291,7 +318,8 @@ CREATE OR REPLACE VIEW loyalty.transfers AS
         ORDER BY p.block_number, p.log_index LIMIT 1
     ) p ON true
     LEFT JOIN indexer.issuer i ON i.address = p.issuer
-    WHERE t.canonical;
+    WHERE t.canonical
+      AND (i.brand = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v)) OR (SELECT v.keeper OR v.reader FROM indexer.viewer v));
 COMMENT ON VIEW loyalty.transfers IS 'Points passed between wallets, an item of a batch a row. Sources overlap: never add up rows of two sources.';
 COMMENT ON COLUMN loyalty.transfers.brand IS 'Brand of the programme''s issuer; null when no brand here has it';
 COMMENT ON COLUMN loyalty.transfers.chain_id IS 'Chain of the event';
@@ -323,9 +351,11 @@ CREATE OR REPLACE VIEW indexer.holding AS
     ) p ON true
     LEFT JOIN indexer.issuer i ON i.address = p.issuer;
 
-CREATE OR REPLACE VIEW loyalty.balances AS
-    SELECT chain_id, holder, loyalty, bucket, balance, source, factory, issuer, loyalty_id, name, symbol, brand, history_complete
-    FROM indexer.holding;
+CREATE OR REPLACE VIEW loyalty.balances WITH (security_barrier) AS
+    SELECT b.chain_id, b.holder, b.loyalty, b.bucket, b.balance, b.source, b.factory, b.issuer, b.loyalty_id, b.name, b.symbol, b.brand,
+           b.history_complete
+    FROM indexer.holding b
+    WHERE (b.brand = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v)) OR (SELECT v.keeper OR v.reader FROM indexer.viewer v));
 COMMENT ON VIEW loyalty.balances IS 'What each wallet holds in each programme and bucket, where it is not zero. For one wallet use loyalty.balances_of(wallet).';
 COMMENT ON COLUMN loyalty.balances.chain_id IS 'Chain of the programme';
 COMMENT ON COLUMN loyalty.balances.holder IS 'Wallet, 0x text';
@@ -354,18 +384,20 @@ BEGIN
     RETURN QUERY
         SELECT b.chain_id, b.holder, b.loyalty, b.bucket, b.balance, b.source, b.factory, b.issuer, b.loyalty_id, b.name, b.symbol,
                b.brand, b.history_complete
-        FROM indexer.holding b WHERE b.wallet = raw;
+        FROM indexer.holding b WHERE b.wallet = raw
+          AND (b.brand = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v)) OR (SELECT v.keeper OR v.reader FROM indexer.viewer v));
 END $$;
 COMMENT ON FUNCTION loyalty.balances_of(text) IS 'Rows of loyalty.balances of one wallet (0x text, any case), by way of the indexes';
 
 -- ------------------------------------------------------------------------------------------------ signals and state
 
-CREATE OR REPLACE VIEW loyalty.signals AS
-    SELECT s.brand, s.sequence, s.id, s.type, CASE s.aggregatetype WHEN 'operation' THEN s.aggregateid END AS operation_id,
-           s.generation, s.payload, s.supersedes, s.superseded_by, s.created_at
+CREATE OR REPLACE VIEW loyalty.signals WITH (security_barrier) AS
+    SELECT s.brand, s.sequence, s.id, s.type, o.id AS operation_id, s.generation, s.payload, s.supersedes, s.superseded_by, s.created_at
     FROM indexer.outbox s -- outbox_sequence_idx
-    WHERE s.sequence IS NOT NULL;
-COMMENT ON VIEW loyalty.signals IS 'What was signalled, in order and without gaps within a brand. Read on from the last sequence you took.';
+    -- by a join, so that a condition on the operation reaches outbox_aggregate_idx; who does not ask for it does not pay for it
+    LEFT JOIN indexer.operation o ON o.id = s.aggregateid AND s.aggregatetype = 'operation'
+    WHERE s.sequence IS NOT NULL AND s.brand = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v));
+COMMENT ON VIEW loyalty.signals IS 'What was signalled, in order and without gaps within a brand. Read it by ranges of the sequence: above the last one you took, up to so many more.';
 COMMENT ON COLUMN loyalty.signals.brand IS 'To whom';
 COMMENT ON COLUMN loyalty.signals.sequence IS 'Position in the brand''s stream, from 1';
 COMMENT ON COLUMN loyalty.signals.id IS 'Identity of the signal: the webhook-id';
@@ -377,7 +409,7 @@ COMMENT ON COLUMN loyalty.signals.supersedes IS 'The earlier signal that this on
 COMMENT ON COLUMN loyalty.signals.superseded_by IS 'The later signal that takes this one back';
 COMMENT ON COLUMN loyalty.signals.created_at IS 'When the change of state was committed';
 
-CREATE OR REPLACE VIEW loyalty.sync_status AS
+CREATE OR REPLACE VIEW loyalty.sync_status WITH (security_barrier) AS
     SELECT c.chain_id, c.name, c.mode, c.head_number, to_timestamp(c.head_time_ms / 1000.0) AS head_time,
            round(greatest(extract(epoch FROM clock_timestamp()) - c.head_time_ms / 1000.0, 0), 3) AS head_lag_seconds,
            c.safe_number, to_timestamp(c.safe_time_ms / 1000.0) AS safe_time,
@@ -399,6 +431,3 @@ COMMENT ON COLUMN loyalty.sync_status.history_complete IS 'Whether every block f
 COMMENT ON COLUMN loyalty.sync_status.latched IS 'A finality violation was seen: no signals for this chain until a person resumes it';
 COMMENT ON COLUMN loyalty.sync_status.active IS 'Still in the configuration';
 COMMENT ON COLUMN loyalty.sync_status.stream IS 'Identity of this history of signals: a cursor belongs to one';
-
-REVOKE ALL ON ALL TABLES IN SCHEMA loyalty FROM PUBLIC;
-REVOKE ALL ON FUNCTION loyalty.balances_of(text) FROM PUBLIC;

@@ -1,0 +1,253 @@
+"""What a webhook costs: how many a second a local receiver gets, and one signal's way beside millions of old ones.
+
+First, operations' signals wait, and a dispatcher starts: a receiver in another process counts. Then an outbox is filled with
+signals that were delivered long ago, and a new one goes its way step by step, a transaction each, as the loops take them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import statistics
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+from aiohttp import web
+
+from indexer.model.signal import Signal
+from indexer.signals.attempts import Endpoint
+from indexer.signals.targets import networks
+from indexer.signals.webhooks import TASK, Dispatcher
+from indexer.store import deliveries, signals, webhooks
+from indexer.store.database import Database
+from indexer.store.leases import Leases
+from indexer.store.wakeups import Wakeups
+from indexer.store.webhooks import WebhookRow
+from indexer.telemetry import Metrics
+from tests.bench.measure import Server, own_cpu, own_peak_mb, postgres
+
+NOTE = "The receiver answers 204 at once, from another process of this machine; PostgreSQL durable, as --embedded starts it."
+BRAND = "bloom"
+SECRET = "whsec_" + "c2lnbmluZyBzZWNyZXQgb2YgdGhlIHRlc3RzIQ=="
+ROUNDS = 200
+
+
+async def run(scale: float) -> dict[str, Any]:
+    async with postgres() as server, _receiver() as url:
+        sending = {name: await _sending(server, url, name, max(200, round(5_000 * scale))) for name in ("one", "four")}
+    async with postgres() as server:
+        empty = await _cost(server, 0)
+    async with postgres() as server:
+        full = await _cost(server, max(10_000, round(10_000_000 * scale)))
+    return {"sending": sending, "cost": [empty, full], "peak_mb": round(own_peak_mb())}
+
+
+# --------------------------------------------------------------------------- webhooks a second
+
+
+@asynccontextmanager
+async def _receiver() -> AsyncIterator[str]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.bench.webhooks", stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(60):
+            port = int(await process.stdout.readline())
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+def serve() -> None:
+    """The receiver's process: prints its port, and answers until it is killed."""
+
+    async def take(request: web.Request) -> web.Response:
+        await request.read()
+        return web.Response(status=204)
+
+    async def forever() -> None:
+        app = web.Application()
+        app.router.add_post("/", take)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        sys.stdout.write(f"{runner.addresses[0][1]}\n")
+        sys.stdout.flush()
+        await asyncio.Event().wait()
+
+    asyncio.run(forever())
+
+
+def _signal() -> Signal:
+    identity, operation = uuid4(), uuid4()
+    leg = {
+        "kind": "loyfin.redemption",
+        "chainId": "8453",
+        "holder": "0x" + "40" * 20,
+        "amount": "250",
+        "nonce": "0x" + "11" * 32,
+    }
+    data = {
+        "id": str(identity),
+        "brand": BRAND,
+        "generation": 1,
+        "supersedes": None,
+        "operation": {"id": str(operation), "reference": f"order-{operation}", "status": "ready", "legs": [leg]},
+        "evidence": [{"leg": 0, "basis": "nonce", "txHash": "0x" + "22" * 32, "blockHash": "0x" + "33" * 32}],
+    }
+    payload = {"type": "operation.ready", "timestamp": "2026-11-21T10:00:00Z", "data": data}
+    return Signal(identity, BRAND, "operation", operation, "operation.ready", payload, 1)
+
+
+async def _sending(server: Server, url: str, name: str, count: int) -> dict[str, Any]:
+    """`one` endpoint, or `four` that each get every signal."""
+    copies = {"one": 1, "four": 4}[name]
+    endpoints = [Endpoint(BRAND, f"{name}-{n}", url, (SECRET,), allow=networks(["127.0.0.0/8"])) for n in range(copies)]
+    async with await Database.connect(server.url) as database:
+        pool = database.pool
+        await pool.execute("INSERT INTO indexer.brand (name) VALUES ($1) ON CONFLICT DO NOTHING", BRAND)
+        async with pool.acquire() as conn, conn.transaction():
+            await webhooks.sync_webhooks(conn, [WebhookRow(e.brand, e.name, e.events) for e in endpoints])
+            await signals.append(conn, [_signal() for _ in range(count)])
+            while (await signals.number(conn)).signals:
+                pass
+        await pool.execute("ANALYZE indexer.outbox, indexer.delivery")
+        dispatcher = Dispatcher(endpoints, metrics=Metrics())
+        began, cpu, servers = time.perf_counter(), own_cpu(), server.cpu()
+        async with Wakeups.listening(database) as wakeups, Leases(database).hold(TASK) as lease:
+            running = asyncio.create_task(dispatcher.run(lease, wakeups))
+            while await pool.fetchval("SELECT EXISTS (SELECT FROM indexer.delivery WHERE state = 'pending')"):
+                await asyncio.sleep(0.1)
+            wall = time.perf_counter() - began
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+        await dispatcher.close()
+        attempts = await pool.fetchval(
+            "SELECT count(*) FROM indexer.delivery_attempt WHERE webhook = ANY ($1)", [e.name for e in endpoints]
+        )
+    sent = count * copies
+    return {
+        "webhooks": sent,
+        "attempts": attempts,
+        "per_second": round(sent / wall),
+        "cpu_ms_each": round(1000 * (own_cpu() - cpu) / sent, 3),
+        "postgres_cpu_ms_each": round(1000 * (server.cpu() - servers) / sent, 3),
+    }
+
+
+# --------------------------------------------------------------------------- one signal's way
+
+
+async def _fill(server: Server, count: int) -> None:
+    """Signals that were delivered to two endpoints long ago; three for each operation."""
+    owner = await asyncpg.connect(server.owner_url, command_timeout=7200)
+    try:
+        await owner.execute("SET synchronous_commit = off")
+        for first in range(1, count + 1, 500_000):
+            last = min(count, first + 499_999)
+            await owner.execute(
+                f"""
+                INSERT INTO indexer.outbox (id, brand, aggregatetype, aggregateid, type, payload, generation, sequence, created_at)
+                SELECT md5('signal ' || n)::uuid, '{BRAND}', 'operation', md5('operation ' || n / 3)::uuid, 'operation.ready',
+                       jsonb_build_object('type', 'operation.ready', 'data', jsonb_build_object('sequence', n,
+                         'operation', jsonb_build_object('reference', 'order-' || n, 'holder', md5(n::text) || md5(n::text)))),
+                       1, n, now() - interval '100 days' + n * interval '0.5 second'
+                  FROM generate_series({first}, {last}) n
+                """
+            )
+            await owner.execute(
+                f"""
+                INSERT INTO indexer.delivery (brand, webhook, signal_id, aggregateid, sequence, type, state, attempts, next_at, begun_at, ended_at, status)
+                SELECT '{BRAND}', webhook, md5('signal ' || n)::uuid, md5('operation ' || n / 3)::uuid, n, 'operation.ready',
+                       'delivered', 1, at, at, at, 204
+                  FROM generate_series({first}, {last}) n, unnest('{{shop,books}}'::text[]) AS webhook,
+                       LATERAL (SELECT now() - interval '100 days' + n * interval '0.5 second' AS at) AS time
+                """
+            )
+        await owner.execute("INSERT INTO indexer.brand (name, last_sequence) VALUES ($1, $2)", BRAND, count)
+        await owner.execute("VACUUM ANALYZE")
+    finally:
+        await owner.close()
+
+
+async def _cost(server: Server, count: int) -> dict[str, Any]:
+    """Median milliseconds of each transaction on a signal's way to two endpoints."""
+    began = time.perf_counter()
+    await _fill(server, count)
+    filled = time.perf_counter() - began
+    times: dict[str, list[float]] = {}
+
+    async def timed(step: str, work: Callable[[asyncpg.Connection], Awaitable[Any]]) -> Any:
+        started = time.perf_counter()
+        async with lease.transaction() as conn:
+            done = await work(conn)
+        times.setdefault(step, []).append(time.perf_counter() - started)
+        return done
+
+    rooms = [deliveries.Room(BRAND, name, 8, 10.0) for name in ("shop", "books")]
+    async with await Database.connect(server.url) as database, Leases(database).hold(TASK) as lease:
+        async with lease.transaction() as conn:
+            await webhooks.sync_webhooks(conn, [WebhookRow(BRAND, room.webhook, ("operation.*",)) for room in rooms])
+        for _ in range(ROUNDS):
+            new = _signal()
+            started = time.perf_counter()
+            await timed("append", lambda conn, new=new: signals.append(conn, [new]))  # type: ignore[misc]
+            await timed("number", signals.number)
+            turn = await timed("begin", lambda conn: deliveries.begin(conn, rooms))
+            if len(turn.attempts) != 2:
+                raise SystemExit(f"{len(turn.attempts)} attempts began, and there are two endpoints")
+            ended = [deliveries.Outcome(attempt, "delivered", 204, None) for attempt in turn.attempts]
+
+            async def record(conn: asyncpg.Connection, ended: list[deliveries.Outcome] = ended) -> None:
+                await deliveries.record(conn, ended)
+                await webhooks.weigh(conn, ended, {})
+
+            await timed("record", record)
+            times.setdefault("all", []).append(time.perf_counter() - started)
+    medians = {f"{step}_ms": round(1000 * statistics.median(seen), 2) for step, seen in times.items()}
+    return {"signals_before": count, "fill_seconds": round(filled), **medians}
+
+
+def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of text for people."""
+    rows: list[tuple[str, ...]] = [("", "per second", "CPU ms each, own", "CPU ms each, PostgreSQL")]
+    for name, sent in result["sending"].items():
+        rows.append(
+            (
+                f"{sent['webhooks']:,} webhooks to {name} endpoint{'s' if name != 'one' else ''}",
+                f"{sent['per_second']:,}",
+                f"{sent['cpu_ms_each']:g}",
+                f"{sent['postgres_cpu_ms_each']:g}",
+            )
+        )
+    rows.append(("", "", "", ""))
+    empty, full = result["cost"]
+    rows.append(
+        (
+            "a signal to two endpoints, ms",
+            f"beside {empty['signals_before']:,}",
+            f"beside {full['signals_before']:,}",
+            "",
+        )
+    )
+    for step, title in {
+        "append": "put into the outbox",
+        "number": "numbered, deliveries made",
+        "begin": "attempts judged and put on record",
+        "record": "their ends recorded",
+        "all": "all four",
+    }.items():
+        rows.append((title, f"{empty[f'{step}_ms']:g}", f"{full[f'{step}_ms']:g}", ""))
+    return rows
+
+
+if __name__ == "__main__":
+    serve()
