@@ -22,12 +22,11 @@ from indexer.api.app import create_app
 from indexer.api.app import serve as serve_http
 from indexer.chain.position import configured_emitters
 from indexer.chain.runtime import ChainRuntime, Progress
-from indexer.config import Brand, Config
-from indexer.model.confidence import Level, Policy
-from indexer.model.matching import WalletRules
+from indexer.config import Config
 from indexer.observation import SettlementObserver
+from indexer.partners.runtime import PartnerRuntime, accounts_of, asked_chains
 from indexer.settlement import loop as settlement
-from indexer.settlement.reconciler import BrandRules
+from indexer.settlement.rules import rules_of
 from indexer.signals import sequencer, webhooks
 from indexer.store import schema
 from indexer.store.brands import ConfiguredBrand, sync_brands
@@ -36,6 +35,7 @@ from indexer.store.database import Database
 from indexer.store.embedded import EmbeddedPostgres
 from indexer.store.leases import Lease, Leases
 from indexer.store.overview import observe_database
+from indexer.store.partner_accounts import sync_accounts
 from indexer.store.signals import WebhookRow, sync_webhooks
 from indexer.store.wakeups import Wakeups
 from indexer.supervision import Supervisor, notify
@@ -44,32 +44,6 @@ from indexer.telemetry import Metrics
 GAUGES_SECONDS = 5.0  # between looks at what describes the whole database
 
 log = structlog.get_logger(__name__)
-
-
-def rules_of(brands: tuple[Brand, ...]) -> dict[str, BrandRules]:
-    """The settling rules of a configuration."""
-    return {
-        brand.name: BrandRules(
-            policies=tuple(
-                Policy(
-                    level=Level[policy.confidence.upper()],
-                    seconds=policy.seconds or 0.0,
-                    max_amount=policy.max_amount,
-                    kind=policy.kind,
-                    issuer=policy.issuer,
-                    loyalty_id=policy.loyalty_id,
-                    bases=frozenset(policy.bases) if policy.bases else None,
-                )
-                for policy in brand.policies
-            ),
-            wallet=WalletRules(
-                skew_ms=int(brand.match_skew * 1000),
-                window_ms=int(brand.match_window * 1000),
-                hold=brand.ambiguous == "hold",
-            ),
-        )
-        for brand in brands
-    }
 
 
 class Process:
@@ -135,6 +109,7 @@ async def apply_configuration(database: Database, config: Config) -> None:
                 for webhook in brand.webhooks
             ],
         )
+        await sync_accounts(conn, [account for account, _, _ in accounts_of(config)])
         await sync_chains(conn, [(chain.chain_id, chain.name) for chain in config.chains])
         for chain in config.chains:
             await sync_emitters(conn, chain.chain_id, configured_emitters(chain))
@@ -172,6 +147,7 @@ async def serve(
             await stack.enter_async_context(ChainRuntime.open(chain, metrics, wakeups, rng, progress))
             for chain in config.chains
         ]
+        partners = await stack.enter_async_context(PartnerRuntime.open(config, metrics, wakeups, rng))
         dispatcher = webhooks.Dispatcher(webhooks.endpoints_of(config.brands), metrics=metrics, rng=rng)
         stack.push_async_callback(dispatcher.close)
         observer = SettlementObserver(metrics, {chain.chain_id: chain.name for chain in config.chains})
@@ -190,7 +166,11 @@ async def serve(
             webhooks.TASK: lambda lease: dispatcher.run(lease, wakeups),
             "gauges": partial(_gauges, database, metrics),
         }
+        bodies |= partners.tasks
+        asked = asked_chains(config)
         for chain in chains:
+            if chain.chain_id in asked:
+                bodies[f"lookups:{chain.chain_id}"] = chain.answer_lookups
             bodies[f"follow:{chain.chain_id}"] = chain.follow
             bodies[f"history:{chain.chain_id}"] = chain.fill_history
         loops = [asyncio.create_task(supervisor.keep(task, body), name=task) for task, body in bodies.items()]

@@ -16,6 +16,7 @@ from indexer.chain.decode import Decoder
 from indexer.chain.follower import follow
 from indexer.chain.heads import HeadStream
 from indexer.chain.integrity import Outcome
+from indexer.chain.lookups import answer_lookups
 from indexer.chain.rpc import Rpc
 from indexer.config import Chain
 from indexer.store.leases import Lease
@@ -76,6 +77,17 @@ class ChainRuntime:
             metrics=self._metrics,
             count=self._count,
             progress=self._progress,
+        )
+
+    async def answer_lookups(self, lease: Lease) -> None:
+        await answer_lookups(
+            self._chain.name,
+            self.chain_id,
+            self._rpc,
+            lease,
+            self._wakeups,
+            metrics=self._metrics,
+            count=self._count,
         )
 
     def _heads(self) -> HeadStream:
