@@ -177,20 +177,37 @@ def resume(
 
 @app.command()
 def balances(
-    wallet: Annotated[str, typer.Argument(help="The holder, 0x and 40 hex digits.")],
+    wallet: Annotated[str | None, typer.Argument(help="The holder at Loyfin, 0x and 40 hex digits.")] = None,
+    keyban: Annotated[str | None, typer.Option(help="The holder's walletId at Keyban: asked there, now.")] = None,
+    qiibee: Annotated[str | None, typer.Option(help="The holder's auth_id at qiibee: asked there, now.")] = None,
+    brand: Annotated[str | None, typer.Option(help="Only this brand's programmes and accounts.")] = None,
     config: ConfigOption = None,
     is_embedded: EmbeddedOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """What a wallet holds, by programme and bucket, from canonical events."""
+    """What a holder has: at Loyfin from canonical events, at Keyban and qiibee by their word of now."""
     from indexer.model.types import BadValue, address
+    from indexer.partners.balances import partner_balances
 
-    try:
-        holder = address(wallet, "wallet")
-    except BadValue as error:
-        raise Failure(str(error), USAGE) from None
-    found = _on_database(config, is_embedded, lambda conn: queries.balances_of(conn, holder))
-    terminal.answer({"data": [msgspec.to_builtins(row) for row in found]}, as_json, terminal.balances_text)
+    if wallet is None and keyban is None and qiibee is None:
+        raise Failure("whose balances: give a wallet, --keyban or --qiibee", USAGE)
+    data: list[Any] = []
+    if wallet is not None:
+        try:
+            holder = address(wallet, "wallet")
+        except BadValue as error:
+            raise Failure(str(error), USAGE) from None
+        data = _on_database(config, is_embedded, lambda conn: queries.balances_of(conn, holder, brand))
+    partners: list[Any] = []
+    if keyban is not None or qiibee is not None:
+        tree = _load(config, is_embedded)
+        partners = asyncio.run(partner_balances(tree, keyban=keyban, qiibee=qiibee, brand=brand))
+        if not partners:
+            raise Failure("no account at that partner is configured", USAGE)
+    document = {"data": msgspec.to_builtins(data), "partners": msgspec.to_builtins(partners)}
+    terminal.answer(document, as_json, terminal.balances_text)
+    if partners and all(row.balance is None for row in partners):
+        raise typer.Exit(TRY_AGAIN)
 
 
 # ------------------------------------------------------------------------------------------------ operations

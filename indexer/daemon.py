@@ -23,13 +23,12 @@ from indexer.api.app import create_app
 from indexer.api.app import serve as serve_http
 from indexer.chain.position import configured_emitters
 from indexer.chain.runtime import ChainRuntime, Progress
-from indexer.config import Brand, Chain, Config, ConfigProblems, Problem, contradictions, unused
-from indexer.model.confidence import Level, Policy
-from indexer.model.matching import WalletRules
+from indexer.config import Chain, Config, ConfigProblems, Problem, contradictions, unused
 from indexer.observation import SettlementObserver
+from indexer.partners.runtime import PartnerRuntime, accounts_of, asked_chains
 from indexer.reload import Reading, adopt
 from indexer.settlement import loop as settlement
-from indexer.settlement.reconciler import BrandRules
+from indexer.settlement.rules import rules_of
 from indexer.signals import sequencer, webhooks
 from indexer.store import instance, schema
 from indexer.store.brands import ConfiguredBrand, IssuerMoved, sync_brands
@@ -38,6 +37,7 @@ from indexer.store.database import DISCONNECTED, Database
 from indexer.store.embedded import EmbeddedPostgres
 from indexer.store.leases import Lease, Leases
 from indexer.store.overview import observe_database
+from indexer.store.partner_accounts import sync_accounts
 from indexer.store.wakeups import Wakeups
 from indexer.store.webhooks import WebhookRow, sync_webhooks
 from indexer.supervision import Body, Supervisor, Unit, Units, notify, notify_reloading
@@ -47,32 +47,6 @@ DRAIN_SECONDS = 10.0  # at the most, for attempts at webhooks: TimeoutStopSec of
 GAUGES_SECONDS = 5.0  # between looks at what describes the whole database
 
 log = structlog.get_logger(__name__)
-
-
-def rules_of(brands: tuple[Brand, ...]) -> dict[str, BrandRules]:
-    """The settling rules of a configuration."""
-    return {
-        brand.name: BrandRules(
-            policies=tuple(
-                Policy(
-                    level=Level[policy.confidence.upper()],
-                    seconds=policy.seconds or 0.0,
-                    max_amount=policy.max_amount,
-                    kind=policy.kind,
-                    issuer=policy.issuer,
-                    loyalty_id=policy.loyalty_id,
-                    bases=frozenset(policy.bases) if policy.bases else None,
-                )
-                for policy in brand.policies
-            ),
-            wallet=WalletRules(
-                skew_ms=int(brand.match_skew * 1000),
-                window_ms=int(brand.match_window * 1000),
-                hold=brand.ambiguous == "hold",
-            ),
-        )
-        for brand in brands
-    }
 
 
 class Process:
@@ -140,6 +114,7 @@ async def apply_configuration(database: Database, config: Config) -> None:
                 for webhook in brand.webhooks
             ],
         )
+        await sync_accounts(conn, [account for account, _, _ in accounts_of(config)])
         await sync_chains(conn, [(chain.chain_id, chain.name) for chain in config.chains])
         for chain in config.chains:
             await sync_emitters(conn, chain.chain_id, configured_emitters(chain))
@@ -253,15 +228,36 @@ class _Works:
             "gauges": _alone("gauges", gauges),
             maintenance.TASK: _alone(maintenance.TASK, maintain, retention),
         }
+        asked = asked_chains(config)
         for chain in config.chains:
-            units[f"chain:{chain.chain_id}"] = Unit(chain, self._chain(chain))
+            looked_up = chain.chain_id in asked
+            units[f"chain:{chain.chain_id}"] = Unit((chain, looked_up), self._chain(chain, looked_up))
+        if accounts_of(config):
+            sections = [
+                (brand.name, brand.issuers, brand.loyfin, brand.keyban, brand.qiibee) for brand in config.brands
+            ]
+            units["partners"] = Unit((sections, names), self._partners(config))
         return units
 
-    def _chain(self, chain: Chain) -> Callable[[], AbstractAsyncContextManager[Mapping[str, Body]]]:
+    def _chain(self, chain: Chain, looked_up: bool) -> Callable[[], AbstractAsyncContextManager[Mapping[str, Body]]]:
         @asynccontextmanager
         async def opened() -> AsyncIterator[Mapping[str, Body]]:
             async with ChainRuntime.open(chain, self.metrics, self.wakeups, self.rng, self.progress) as runtime:
-                yield {f"follow:{chain.chain_id}": runtime.follow, f"history:{chain.chain_id}": runtime.fill_history}
+                bodies: dict[str, Body] = {
+                    f"follow:{chain.chain_id}": runtime.follow,
+                    f"history:{chain.chain_id}": runtime.fill_history,
+                }
+                if looked_up:
+                    bodies[f"lookups:{chain.chain_id}"] = runtime.answer_lookups
+                yield bodies
+
+        return opened
+
+    def _partners(self, config: Config) -> Callable[[], AbstractAsyncContextManager[Mapping[str, Body]]]:
+        @asynccontextmanager
+        async def opened() -> AsyncIterator[Mapping[str, Body]]:
+            async with PartnerRuntime.open(config, self.metrics, self.wakeups, self.rng) as runtime:
+                yield runtime.tasks
 
         return opened
 

@@ -9,6 +9,7 @@ import structlog
 from indexer.model.evidence import Movement
 from indexer.model.operation import State
 from indexer.model.signal import Signal
+from indexer.model.standing import AnyEvidence
 from indexer.store.operations import Operation
 from indexer.telemetry import Metrics, Stage
 
@@ -24,13 +25,13 @@ class SettlementObserver:
         self._metrics, self._chains = metrics, chain_names
         self._repeats: set[tuple[int, bytes, int]] = set()
 
-    def transition(self, operation: Operation, to: State, movements: Sequence[Movement], now_ms: int) -> None:
+    def transition(self, operation: Operation, to: State, evidence: Sequence[AnyEvidence], now_ms: int) -> None:
         metrics, brand = self._metrics, operation.brand
         metrics.transitions.labels(brand, to.value).inc()
         if to is State.CONFLICT:
             metrics.conflicts.labels(brand).inc()
         kind = operation.legs[0].kind if len({leg.kind for leg in operation.legs}) == 1 else "mixed"
-        last_ms = max((movement.time_ms for movement in movements), default=None)
+        last_ms = max((piece.time_ms for piece in evidence), default=None)
         if to is State.READY and last_ms is not None and operation.generation == 1:
             self._stage(operation, kind, "registered_to_included", last_ms - operation.registered_at_ms)
             self._stage(operation, kind, "included_to_ready", now_ms - max(last_ms, operation.registered_at_ms))

@@ -109,8 +109,25 @@ class Metrics:
         self.rpc_seconds = self._histogram("rpc_seconds", "Time of an HTTP exchange", ("endpoint",), _REQUEST)
         self.quarantined_endpoints = self._gauge("endpoint_quarantined", "1 while not trusted", ("endpoint", "reason"))
         self.checks = self._counter("checks", "Checks of answers: pass, skip, fail", ("check", "outcome", "endpoint"))
-        self.partner_requests = self._counter("partner_requests", "Partner API calls", ("brand", "partner", "outcome"))
-        self.partner_seconds = self._histogram("partner_seconds", "Time of a partner's answer", ("partner",), _REQUEST)
+        self.partner_requests = self._counter(
+            "partner_requests", "Partner API calls", ("brand", "partner", "endpoint", "outcome")
+        )
+        self.partner_seconds = self._histogram(
+            "partner_seconds", "Time of a partner's answer", ("partner", "endpoint", "outcome"), _REQUEST
+        )
+        self.partner_oddities = self._counter(
+            "partner_oddities", "What was odd in a partner's answers", ("brand", "partner", "oddity")
+        )
+        self.partner_refused = self._gauge(
+            "partner_key_refused", "1 while a partner does not accept the key", ("brand", "partner")
+        )
+        self.partner_wallets = self._gauge(
+            "partner_open_wallets", "Wallets or users with open legs", ("brand", "partner")
+        )
+        self.partner_behind = self._gauge(
+            "partner_poll_behind_seconds", "How long the wallet that waits longest has been due", ("brand", "partner")
+        )
+        self.lookups = self._counter("chain_lookups", "Transactions looked up for partners", ("chain", "outcome"))
 
         # ------------------------------------------------------------- signals
         self.signals = self._counter("signals", "Signals committed, by type", ("brand", "type"))

@@ -122,6 +122,9 @@ def balances_text(document: dict[str, Any]) -> Table:
             row["source"],
             "complete" if row["historyComplete"] else "incomplete",
         )
+    for row in document["partners"]:
+        shown = row["balance"] if row["balance"] is not None else f"unknown: {row['problem']}"
+        table.add_row(row["partner"], row["token"] or "", row["brand"], "", shown, row["source"], row["problem"] or "")
     return table
 
 

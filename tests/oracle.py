@@ -370,6 +370,9 @@ async def judge_database(conn: asyncpg.Connection) -> list[str]:
         SELECT c.operation_id, c.leg FROM indexer.claim c WHERE NOT EXISTS (
             SELECT 1 FROM indexer.movement m WHERE m.canonical AND m.chain_id = c.chain_id AND m.block_number = c.block_number
             AND m.log_index = c.log_index AND m.block_hash = c.block_hash)
+        AND NOT EXISTS (
+            SELECT 1 FROM indexer.partner_transfer t WHERE t.id = c.evidence_id AND t.withdrawn_at IS NULL
+            AND t.status IN ('included', 'succeeded'))
         """
     )
     return wrong + [

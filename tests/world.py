@@ -17,7 +17,8 @@ import asyncpg
 import msgspec
 
 from indexer.settlement.loop import tell_unmatched
-from indexer.settlement.reconciler import BrandRules, reconcile
+from indexer.settlement.reconciler import reconcile
+from indexer.settlement.rules import BrandRules
 
 CHAIN = 84532
 FACTORY = b"\xfa" * 20

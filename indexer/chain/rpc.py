@@ -187,6 +187,16 @@ class Rpc:
         except UnknownBlock:
             return None
 
+    async def receipt(self, tx_hash: Hash32) -> RawReceipt | None:
+        """The receipt of a transaction; None where the node knows of none: never sent, still waiting, or lost."""
+        call: Call[RawReceipt | None] = Call(
+            "eth_getTransactionReceipt", [hex0x(tx_hash)], RawReceipt | None, f"transaction {_short(tx_hash)}"
+        )
+        found = await self._transport.call(call)
+        if found is not None and found.transaction_hash.lower() != hex0x(tx_hash):
+            raise self._misfit(call, "that transaction")(f"transaction {found.transaction_hash[:80]}")
+        return found
+
     async def has_code(self, address: bytes, at: int | Literal["latest"]) -> bool:
         """Whether a contract stands at the address in that block. PrunedHistory where the state is gone."""
         where = at if isinstance(at, str) else hex(at)

@@ -17,6 +17,7 @@ from indexer.chain.decode import Decoder
 from indexer.chain.follower import follow
 from indexer.chain.heads import HeadStream
 from indexer.chain.integrity import Outcome
+from indexer.chain.lookups import answer_lookups
 from indexer.chain.reading import Task
 from indexer.chain.rpc import Rpc
 from indexer.config import Chain
@@ -89,6 +90,17 @@ class ChainRuntime:
         """What was asked for in table `reread`, until this request is over. Raises WrongChain, LeaseLost."""
         await carry_out(
             Task(self._chain, self._rpc, lease, self._wakeups, self._decoder, self._metrics, self._count), request
+        )
+
+    async def answer_lookups(self, lease: Lease) -> None:
+        await answer_lookups(
+            self._chain.name,
+            self.chain_id,
+            self._rpc,
+            lease,
+            self._wakeups,
+            metrics=self._metrics,
+            count=self._count,
         )
 
     def _heads(self) -> HeadStream:

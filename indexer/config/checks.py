@@ -116,10 +116,6 @@ def unused(config: Config) -> list[Problem]:
             found.append(
                 Problem(f"chains[{c}].rpc", "this version asks the first endpoint alone: none other witnesses yet")
             )
-    for b, brand in enumerate(config.brands):
-        for name in ("loyfin", "keyban", "qiibee"):
-            if getattr(brand, name) is not None:
-                found.append(Problem(f"brands[{b}].{name}", "not used by this version: partners are not polled yet"))
     return found
 
 

@@ -281,6 +281,9 @@ class Loyfin(Section):
         description="Base URL of Loyfin's API: hints and a cross-check only.",
     )
     poll: Seconds = Field(default=15.0, description="Fastest pause between looks at one operation, in seconds.")
+    requests_per_second: Rate = Field(
+        default=1.0, description="What the key may ask; accounts with one key share it, and the lowest counts."
+    )
 
 
 class Keyban(Section):
@@ -298,6 +301,9 @@ class Keyban(Section):
         default=None, ge=0, le=77, description="Decimals of the points token; unset: amounts are compared as received."
     )
     poll: Seconds = Field(default=5.0, description="Fastest pause between looks at one account, in seconds.")
+    requests_per_second: Rate = Field(
+        default=1.0, description="What the key may ask; accounts with one key share it, and the lowest counts."
+    )
     window: Seconds = Field(
         default=3600.0, description="An order belongs to an operation up to so many seconds after requestedAt."
     )
@@ -320,6 +326,9 @@ class Qiibee(Section):
     )
     api_key: SecretStr = Field(min_length=1, json_schema_extra=_SECRET, description="The API key.")
     poll: Seconds = Field(default=10.0, description="Fastest pause between looks, in seconds.")
+    requests_per_second: Rate = Field(
+        default=1.0, description="What the key may ask; accounts with one key share it, and the lowest counts."
+    )
     settle_after: Delay = Field(default=60.0, description="Seconds that a successful transaction must stand unchanged.")
 
 

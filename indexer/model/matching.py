@@ -2,8 +2,8 @@
 
 Promises: claims are one to one; evidence of another lane (chain, factory, kind, issuer) never touches a leg, whatever
 hash it carries; the same facts give the same pairing. A stored claim stands while its evidence is canonical; only those by
-wallet and amount are paired anew until a `ready` has left. Loading the neighbourhood and storing claims is the settlement
-room's work.
+wallet and amount are paired anew until a `ready` has left. What settles partner legs is told in `partner_matching.py`;
+loading the neighbourhood and storing claims is the settlement room's work.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from indexer.model.evidence import Movement
+from indexer.model.evidence import Movement, PartnerTransfer
 from indexer.model.operation import Leg
 
 LegKey = tuple[UUID, int]
@@ -35,7 +35,7 @@ class Conflict:
     """Evidence of our own issuer that belongs to a leg and does not agree with it, or that several legs could mean."""
 
     leg: LegKey
-    evidence: Movement
+    evidence: Movement | PartnerTransfer
     differences: tuple[tuple[str, str, str], ...]  # (term, expected, found); empty: ambiguous, and held for a decision
 
 
@@ -56,12 +56,39 @@ class WalletRules:
     hold: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A partner's record that says failed (or that our own look refutes), and may be about this leg.
+
+    `certain`: the record is final, and there is one for every leg that it can mean.
+    """
+
+    evidence: PartnerTransfer
+    certain: bool
+
+
 @dataclass(slots=True)
 class Matching:
     claims: dict[LegKey, Claim] = field(default_factory=dict)
     conflicts: dict[LegKey, Conflict] = field(default_factory=dict)
     held: dict[LegKey, Conflict] = field(default_factory=dict)  # ambiguous, and the brand said `hold`
     repeated: list[Movement] = field(default_factory=list)  # a second event with one identity: settles nothing
+    # of partner legs without a claim: what a person may accept, what is under way, what failed
+    offers: dict[LegKey, list[Conflict]] = field(default_factory=dict)
+    submitted: dict[LegKey, PartnerTransfer] = field(default_factory=dict)
+    failed: dict[LegKey, Failure] = field(default_factory=dict)
+
+    def __or__(self, other: Matching) -> Matching:
+        """Two matchings of legs that have no lane in common."""
+        return Matching(
+            self.claims | other.claims,
+            self.conflicts | other.conflicts,
+            self.held | other.held,
+            self.repeated + other.repeated,
+            self.offers | other.offers,
+            self.submitted | other.submitted,
+            self.failed | other.failed,
+        )
 
 
 def first_of_identity(movements: Iterable[Movement]) -> tuple[dict[UUID, Movement], list[Movement]]:

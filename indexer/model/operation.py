@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from uuid import UUID
 
-from indexer.model.evidence import Movement
+from indexer.model.evidence import Movement, PartnerTransfer
 from indexer.model.types import Address, Hash32
 
 NAMESPACE_OPERATION = UUID("6f7d6b1c-6d0f-5a8e-9c55-0b6b3f6a9e01")  # functions.sql derives the ids
@@ -57,7 +57,7 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 
 @dataclass(frozen=True)
 class Leg:
-    """One movement of value that an operation waits for. Amounts in base units, times in Unix milliseconds."""
+    """One movement of value on Loyfin that an operation waits for. Amounts in base units, times in Unix milliseconds."""
 
     operation_id: UUID
     index: int
@@ -110,6 +110,60 @@ class Leg:
         return [(term, _text(ours), _text(theirs)) for term, ours, theirs in pairs if ours != theirs]
 
 
+@dataclass(frozen=True)
+class PartnerLeg:
+    """One movement of value in a partner's records. Amounts in base units, times in Unix milliseconds.
+
+    Nothing names the record beforehand: only wallet, direction, amount and time can match it (rule 4). It never expires.
+    """
+
+    operation_id: UUID
+    index: int
+    brand: str
+    kind: str  # keyban.mint | keyban.burn | qiibee.credit | qiibee.debit
+    wallet: str
+    amount: int
+    token: str | None
+    requested_at_ms: int
+    registered_at_ms: int
+    released: bool = False
+
+    @property
+    def key(self) -> tuple[UUID, int]:
+        return (self.operation_id, self.index)
+
+    @property
+    def partner(self) -> str:
+        return self.kind.partition(".")[0]
+
+    @property
+    def lane(self) -> tuple[str, str]:
+        return (self.brand, self.kind)
+
+    @property
+    def group(self) -> tuple[str, str, str, int]:
+        """Legs and records with the same are paired at once."""
+        return (self.brand, self.kind, self.wallet, self.amount)
+
+    @property
+    def age(self) -> tuple[bool, int, str, int]:
+        """Order of pairing: by time, then id; legs of closed operations last."""
+        return (self.released, self.requested_at_ms, str(self.operation_id), self.index)
+
+    def differences(self, evidence: PartnerTransfer) -> list[tuple[str, str, str]]:
+        """Terms that do not agree, as (term, expected, found). Empty: the terms are equal."""
+        pairs: list[tuple[str, object, object]] = [
+            ("walletId", self.wallet, evidence.wallet),
+            ("amount", self.amount, evidence.amount),
+        ]
+        if self.token is not None:
+            pairs.append(("token", self.token, evidence.token))
+        return [(term, _text(ours), _text(theirs)) for term, ours, theirs in pairs if ours != theirs]
+
+
+AnyLeg = Leg | PartnerLeg
+
+
 def _text(value: object) -> str:
     return "0x" + value.hex() if isinstance(value, bytes) else "none" if value is None else str(value)
 
@@ -135,8 +189,9 @@ class LegFacts:
     settled: bool = False  # …at the confidence demanded
     decided: bool = False  # …by a person's decision
     conflict: bool = False  # mismatching evidence that nobody has dismissed
-    dead: bool = False  # its time has passed without the event, for certain; or a final partner record says failed
+    dead: bool = False  # its time has passed without the event, for certain
     submitted: bool = False  # a partner shows it under way
+    failed: bool = False  # a final partner record says failed; a later one may still settle it
 
 
 def situation(legs: Sequence[LegFacts], *, cancelled: bool, closed: bool) -> Situation:
@@ -159,7 +214,7 @@ def situation(legs: Sequence[LegFacts], *, cancelled: bool, closed: bool) -> Sit
     if closed:
         return Situation.EXPIRED
     evidence, dead = any(leg.evidence for leg in legs), any(leg.dead for leg in legs)
-    if dead and any(leg.settled for leg in legs):
+    if (dead or any(leg.failed for leg in legs)) and any(leg.settled for leg in legs):
         return Situation.INCOMPLETE
     if dead and not evidence:
         return Situation.EXPIRED

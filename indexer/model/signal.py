@@ -13,17 +13,18 @@ from typing import Any
 from uuid import UUID, uuid5
 
 from indexer.model.confidence import Level
-from indexer.model.evidence import Movement
+from indexer.model.evidence import Movement, PartnerTransfer
 from indexer.model.operation import State
 from indexer.model.types import hex0x
 
 READY = "operation.ready"
 REVERTED = "operation.reverted"
+REJECTED = "operation.rejected"
 RESTORED = "operation.restored"
 FULFILLED = "operation.fulfilled"
 FINALIZED = "operation.finalized"
 UNMATCHED = "settlement.unmatched"
-HINTS = frozenset({"operation.submitted", "operation.confirming", "operation.rejected"})
+HINTS = frozenset({"operation.submitted", "operation.confirming", REJECTED})
 
 # The signal of entering a state; `ready` and `fulfilled` have their own rules in the reconciler.
 OF_STATE: dict[State, str] = {
@@ -87,6 +88,61 @@ def evidence_json(
     }
 
 
+def partner_evidence_json(
+    transfer: PartnerTransfer, leg: int, basis: str, ambiguous: bool, level: Level | None, explorer: str | None = None
+) -> dict[str, Any]:
+    """One entry of `evidence` from a partner's records. `confidence` is null while our own look at its chain is missing;
+    `proof` says on whose word it stands."""
+    place = transfer.place
+    hashes = list(transfer.tx_hashes)
+    return {
+        "leg": leg,
+        "evidenceId": str(transfer.id),
+        "basis": basis,
+        "ambiguous": ambiguous,
+        "confidence": level.word if level else None,
+        "provider": transfer.partner,
+        "recordId": transfer.record_id,
+        "network": transfer.network,
+        "status": transfer.status.value,
+        "proof": "chain" if place else "partner",
+        "chainId": str(place.chain_id) if place else None,
+        "blockNumber": str(place.block_number) if place else _decimal(transfer.block_number),
+        "blockHash": hex0x(place.block_hash) if place else None,
+        "recordTime": instant(transfer.time_ms),
+        "txHash": hashes[0] if hashes else None,
+        "txHashes": hashes,
+        "explorerUrl": f"{explorer.rstrip('/')}/tx/{hashes[0]}" if explorer and place and hashes else None,
+    }
+
+
+def transfer_json(transfer: PartnerTransfer) -> dict[str, Any]:
+    """The terms of a partner's record, for what is held, offered or unmatched."""
+    return {
+        "evidenceId": str(transfer.id),
+        "kind": transfer.kind,
+        "provider": transfer.partner,
+        "recordId": transfer.record_id,
+        "walletId": transfer.wallet,
+        "token": transfer.token,
+        "amount": _decimal(transfer.amount),
+        "status": transfer.status.value,
+        "undated": transfer.undated,
+        "network": transfer.network,
+        "blockNumber": _decimal(transfer.block_number),
+        "recordTime": None if transfer.undated else instant(transfer.time_ms),
+        "txHash": transfer.tx_hashes[0] if transfer.tx_hashes else None,
+    }
+
+
+def terms_json(evidence: Movement | PartnerTransfer) -> dict[str, Any]:
+    return movement_json(evidence) if isinstance(evidence, Movement) else transfer_json(evidence)
+
+
+def _decimal(number: int | None) -> str | None:
+    return None if number is None else str(number)
+
+
 def movement_json(movement: Movement) -> dict[str, Any]:
     """The terms of an event, for conflicts and unmatched evidence."""
     return {
@@ -146,15 +202,15 @@ def operation_signal(
     return Signal(identity, brand, "operation", operation_id, kind, payload, generation, supersedes)
 
 
-def unmatched_signal(movement: Movement, brand: str, now_ms: int) -> Signal:
-    """Evidence of a brand's issuer that no operation claims."""
-    identity = unmatched_id(movement.id)
+def unmatched_signal(evidence: Movement | PartnerTransfer, brand: str, now_ms: int) -> Signal:
+    """Evidence of a brand's issuer or wallets that no operation claims."""
+    identity = unmatched_id(evidence.id)
     data = {
         "id": str(identity),
         "brand": brand,
         "generation": 0,
         "supersedes": None,
-        "evidence": [movement_json(movement)],
+        "evidence": [terms_json(evidence)],
     }
     payload = {"type": UNMATCHED, "timestamp": instant(now_ms), "data": data}
-    return Signal(identity, brand, "evidence", movement.id, UNMATCHED, payload)
+    return Signal(identity, brand, "evidence", evidence.id, UNMATCHED, payload)

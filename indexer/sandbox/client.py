@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
 
 PATIENCE_SECONDS = 60.0  # for an answer, over all attempts
 
@@ -72,6 +73,17 @@ class Client:
 
     async def status(self) -> dict[str, Any]:
         return await self._call("GET", "/v1/status")
+
+    async def metric(self, name: str, **labels: str) -> float | None:
+        """One value of `/metrics`; None while it isn't told."""
+        assert self._http is not None
+        async with self._http.get(f"{self._url}/metrics") as response:
+            text = await response.text()
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name == name and labels.items() <= sample.labels.items():
+                    return float(sample.value)
+        return None
 
     async def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """The answer's JSON. Raises Answered, TimeoutError."""

@@ -1,7 +1,7 @@
-"""`indexer demo`: a chain, a database, the daemon and a shop on this machine alone, and a story of some fifty operations.
+"""`indexer demo`: a chain, partners, a database, the daemon and a shop on this machine alone, and a story of some eighty operations.
 
 Promises to end by itself with a verdict that its exit status follows, and to leave nothing running or lying about unless asked
-to (`--keep`) or something failed. What happens in between is told in `story.py` and `reorganisations.py`.
+to (`--keep`) or something failed. What happens in between is told in `story.py`, `partner_story.py` and `reorganisations.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,21 +27,25 @@ from indexer.sandbox.anvil import Anvil, AnvilFailed, NoAnvil, RpcRefused
 from indexer.sandbox.author import CONFIRMED_UP_TO, INCLUDED_UP_TO, Draft
 from indexer.sandbox.client import Answered, Client
 from indexer.sandbox.ledger import BLOCK_SECONDS, BLOOM, CHAIN_ID, ORCHIDS, SLOTS, Ledger, Refused
+from indexer.sandbox.partner_story import PartnerStories
+from indexer.sandbox.partners.accounts import KEYBAN_KEY, QIIBEE_KEY, Accounts, PartnerRefused
 from indexer.sandbox.receiver import Receiver
 from indexer.sandbox.reorganisations import Reorganisations
 from indexer.sandbox.service import Service, ServiceFailed, free_port
-from indexer.sandbox.shop import Disappointed, Order, Shop
+from indexer.sandbox.shop import HINTS, Disappointed, Order, Shop
 from indexer.sandbox.table import Screen
 from indexer.sandbox.transactions import Refused as ContractRefused
 from indexer.sandbox.verdict import Verdict, judge
 
 BRAND = "bloom"
 STORY_SECONDS = 180.0  # for all stories together, on the slowest machine
+POLL_SECONDS = 0.5
+REQUESTS_PER_SECOND = 20
 SHOP_SCOPES = ("operations:read", "operations:write", "fulfil", "resolve", "status")
 
 
-def configuration(ledger: Ledger, folder: Path, port: int, webhook: str) -> str:
-    """The indexer.toml of the demo: every policy once, a chain that is final within ten seconds."""
+def configuration(ledger: Ledger, accounts: Accounts, folder: Path, port: int, webhook: str) -> str:
+    """The indexer.toml of the demo: every policy once, a chain that is final within ten seconds, all three partners."""
     # the first one's block for both: the hub is older than its factory, and history is to be whole for it too
     start = ledger.plain.deployment.block_number
     factories = ",\n    ".join(
@@ -51,6 +55,7 @@ def configuration(ledger: Ledger, folder: Path, port: int, webhook: str) -> str:
         + " }"
         for d in (ledger.plain.deployment, ledger.hub.deployment)
     )
+    hints = ", ".join(json.dumps(hint) for hint in sorted(HINTS))
     return f"""\
 state_dir = {json.dumps(str(folder / "state"))}
 
@@ -79,11 +84,30 @@ policies = [
     {{ confidence = "safe" }},
 ]
 
+[brands.loyfin]
+url = "{accounts.loyfin_url}"
+poll = {POLL_SECONDS}
+requests_per_second = {REQUESTS_PER_SECOND}
+
+[brands.keyban]
+url = "{accounts.keyban_url}"
+api_key_file = "keyban.key"
+network = "{accounts.keyban.network}"
+poll = {POLL_SECONDS}
+requests_per_second = {REQUESTS_PER_SECOND}
+
+[brands.qiibee]
+url = "{accounts.qiibee_url}"
+api_key_file = "qiibee.key"
+poll = {POLL_SECONDS}
+requests_per_second = {REQUESTS_PER_SECOND}
+settle_after = 1
+
 [[brands.webhooks]]
 name = "shop"
 url = "{webhook}"
 secret_files = ["shop.secret"]
-events = ["operation.*", "operation.confirming", "settlement.unmatched"]
+events = ["operation.*", {hints}, "settlement.unmatched"]
 allow = ["127.0.0.0/8"]
 """
 
@@ -97,6 +121,8 @@ class World:
     service: Service
     shop: Shop
     stories: Reorganisations
+    accounts: Accounts
+    at_partners: PartnerStories
     openings: list[Draft]
     token: str
 
@@ -112,7 +138,12 @@ async def _world(folder: Path, screen: Screen, orders: dict[str, Order], seed: i
         screen.step("deploying two Loyfin factories, one with an event hub")
         ledger = await Ledger.open(node, seed)
         await stack.enter_async_context(ledger.watching())
-        shop = await stack.enter_async_context(Shop(BRAND, orders, ledger.arrivals, screen.signal))
+        accounts = await stack.enter_async_context(Accounts.open(seed))
+
+        def settled_at(evidence: Mapping[str, Any]) -> float | None:
+            return accounts.settled_at(evidence) or ledger.settled_at(evidence)
+
+        shop = await stack.enter_async_context(Shop(BRAND, orders, settled_at, screen.signal))
         secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
         receiver = await stack.enter_async_context(Receiver(secret, shop.take))
         stories = Reorganisations(shop, ledger, seed)
@@ -121,30 +152,42 @@ async def _world(folder: Path, screen: Screen, orders: dict[str, Order], seed: i
 
         screen.step("starting PostgreSQL and the daemon: indexer run --embedded")
         port = free_port()
-        config, secret_file = folder / "indexer.toml", folder / "shop.secret"
-        secret_file.touch(mode=0o600)
-        secret_file.write_text(secret + "\n")
-        config.write_text(configuration(ledger, folder, port, receiver.url))
+        config = folder / "indexer.toml"
+        for name, text in (("shop.secret", secret), ("keyban.key", KEYBAN_KEY), ("qiibee.key", QIIBEE_KEY)):
+            (folder / name).touch(mode=0o600)
+            (folder / name).write_text(text + "\n")
+        config.write_text(configuration(ledger, accounts, folder, port, receiver.url))
         service = await stack.enter_async_context(Service(config, port))
         token = await service.token("shop", SHOP_SCOPES, BRAND)
         shop.open(await stack.enter_async_context(Client(service.url, token)))
         for tx_hash in sent:
             await ledger.mined(tx_hash)
-        yield World(ledger, receiver, service, shop, stories, openings, token)
+        yield World(
+            ledger, receiver, service, shop, stories, accounts, PartnerStories(stories, accounts), openings, token
+        )
 
 
 async def _tell(world: World) -> list[str]:
     """Tells all stories side by side; answers with those that went wrong, and why."""
-    told = world.stories
+    told, partners = world.stories, world.at_partners
     failed: list[str] = []
 
     async def tell(name: str, story: Coroutine[Any, Any, None]) -> None:
         try:
             await story
-        except (Disappointed, Refused, Answered, RpcRefused, TimeoutError, aiohttp.ClientError) as error:
+        except (
+            Disappointed,
+            Refused,
+            Answered,
+            RpcRefused,
+            PartnerRefused,
+            TimeoutError,
+            aiohttp.ClientError,
+        ) as error:
             failed.append(f"{name}: {error or type(error).__name__}")
 
     stories: dict[str, Coroutine[Any, Any, None]] = {
+        "never": partners.never(),  # first: nothing that stays open is older
         "included": told.quick(),
         "confirmed": told.confirmed(),
         "amount mismatch": told.mismatch(),
@@ -165,6 +208,19 @@ async def _tell(world: World) -> list[str]:
         "wallet and amount": told.by_wallet(),
         "lost answer": told.lost_answer(),
         "reorganisations": told.reorganisations(),
+        "Keyban mints": partners.keyban_mints(),
+        "Keyban burns": partners.keyban_burns(),
+        "qiibee": partners.qiibee_points(),
+        "two ledgers": partners.across(),
+        "two transfers": partners.two_transfers(),
+        "minted before": partners.minted_before(),
+        "undated": partners.undated(),
+        "two equal mints": partners.twins(),
+        "failed transfer": partners.failed(),
+        "reversed": partners.reversed(),
+        "relayed": partners.relayed(),
+        "rejected and mined": partners.rejected_and_mined(),
+        "bad days": partners.bad_days(),
     }
     try:
         async with asyncio.timeout(STORY_SECONDS), asyncio.TaskGroup() as group:
@@ -227,7 +283,9 @@ async def run_demo(*, as_json: bool, keep: bool, seed: int) -> int:
                 screen.step("the shop is open")
                 failed = await _watched(world)
                 truths = [truth async for truth in world.shop.client.operations()]
-            verdict = judge(world.shop, world.receiver, truths, world.ledger.reorganisations, failed)
+            verdict = judge(
+                world.shop, world.receiver, truths, world.ledger.reorganisations, failed, world.at_partners.alerts
+            )
             if not verdict.ok:
                 screen.summary(f"daemon's log     {error}" for error in world.service.errors())
             _report(verdict, screen, as_json)
@@ -278,6 +336,8 @@ def _report(verdict: Verdict, screen: Screen, as_json: bool) -> None:
 def _tell_urls(world: World, folder: Path, screen: Screen) -> None:
     """What a brand's engineer needs to point a staging shop at this."""
     plain, hub = world.ledger.plain.deployment, world.ledger.hub.deployment
+    customer, member = world.accounts.keyban.open_account(), world.accounts.qiibee.enrol()
+    token = world.accounts.qiibee.token.id
     screen.summary(
         [
             "",
@@ -291,6 +351,9 @@ def _tell_urls(world: World, folder: Path, screen: Screen) -> None:
             f"  factory   {hex0x(plain.factory)}",
             f"  factory   {hex0x(hub.factory)}, with the hub {hex0x(hub.event_hub or b'')}",
             f"  issuer    {hex0x(BLOOM.address)}",
+            f"  Keyban    {world.accounts.keyban_url}, key {KEYBAN_KEY}, account {customer.id}, wallet {customer.wallet}",
+            f"  qiibee    {world.accounts.qiibee_url}, key {QIIBEE_KEY}, auth_id {member.auth_id}, token {token}",
+            f"  Loyfin    {world.accounts.loyfin_url}",
             f"  commands  indexer status --embedded --config {folder / 'indexer.toml'}",
             f"  database  under {folder / 'state'}; psql through the socket that postgres/address.json names",
             f"  log       {world.service.log}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -126,6 +126,14 @@ class Ledger:
                     return
                 await asyncio.sleep(BLOCK_SECONDS / 2)
 
+    async def out_of_reach(self, block: int) -> None:
+        """Once no reorganisation of ours replaces that block any more."""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while True:
+                if await self.node.block_number() > block + DEEPEST:
+                    return
+                await asyncio.sleep(BLOCK_SECONDS)
+
     # ---- reorganisations
 
     async def reorganise(self, tx_hashes: Sequence[Hash32]) -> bool:
@@ -156,6 +164,10 @@ class Ledger:
             finally:
                 watching.cancel()
                 await asyncio.gather(watching, return_exceptions=True)
+
+    def settled_at(self, evidence: Mapping[str, Any]) -> float | None:
+        """The loop's time at which the block of a chain's event came to us; None for anything else."""
+        return self.arrivals.get(str(evidence.get("blockHash")))
 
     async def _watch(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         loop = asyncio.get_running_loop()

@@ -23,7 +23,7 @@ LOOK_SECONDS = 0.2  # between questions about what no signal tells
 
 READY = "operation.ready"
 FINALIZED = "operation.finalized"
-HINT = "operation.confirming"
+HINTS = frozenset({"operation.submitted", "operation.confirming", "operation.rejected"})
 
 
 class Disappointed(RuntimeError):
@@ -32,12 +32,14 @@ class Disappointed(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How an operation should end. `trace`: its signals in order, without the hint and `operation.finalized`, which is
-    expected once where the end is fulfilled. None as generation or trace: any."""
+    """How an operation should end. `trace`: its signals in order, without hints and `operation.finalized`, which is
+    expected once where the end is fulfilled. None as generation or trace: any. `was_final`: what is taken back may have been
+    final by then, on the word of a partner."""
 
     status: str
     generation: int | None = 1
     trace: tuple[str, ...] | None = ("ready", "fulfilled")
+    was_final: bool = False
 
 
 @dataclass(eq=False)
@@ -52,6 +54,7 @@ class Order:
     end: End
     hands_over: bool = True
     evidence_tx: str | None = None  # the only transaction that may settle it
+    evidence_record: str | None = None  # the only record of a partner that may
     measured: bool = False  # its way from inclusion to webhook counts
     id: str = ""
     status: str = "new"
@@ -62,8 +65,13 @@ class Order:
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
+    def kinds(self) -> str:
+        """The kinds of its legs, joined."""
+        return "+".join(dict.fromkeys(leg["kind"] for leg in self.legs))
+
+    @property
     def trace(self) -> tuple[str, ...]:
-        return tuple(s.type.removeprefix("operation.") for s in self.signals if s.type not in (HINT, FINALIZED))
+        return tuple(s.type.removeprefix("operation.") for s in self.signals if s.type not in HINTS | {FINALIZED})
 
     @property
     def last_signal(self) -> str:
@@ -104,16 +112,16 @@ class Order:
 
 class Shop:
     """An async context manager: what it does in the background ends with it. `orders` is filled by `register`; feed `take`
-    with what the receiver verified. `arrivals` are the times at which blocks came, by hash."""
+    with what the receiver verified. `settled_at` tells when a signal's evidence was included, in the loop's time."""
 
     def __init__(
         self,
         brand: str,
         orders: dict[str, Order],
-        arrivals: Mapping[str, float],
+        settled_at: Callable[[Mapping[str, Any]], float | None],
         tell: Callable[[Order, Received], None],
     ) -> None:
-        self.brand, self.orders, self._arrivals, self._tell = brand, orders, arrivals, tell
+        self.brand, self.orders, self._settled_at, self._tell = brand, orders, settled_at, tell
         self.signals: Counter[str] = Counter()  # verified ones by type, repetitions apart
         self.streams: set[str] = set()
         self.strange: list[str] = []  # what a receiver should never see
@@ -192,14 +200,15 @@ class Shop:
         return 204
 
     def _ready(self, order: Order, signal: Received) -> None:
-        if order.evidence_tx is not None:
-            settled_by = {evidence["txHash"] for evidence in signal.data["evidence"]}
-            if settled_by != {order.evidence_tx}:
-                self.strange.append(f"{order.reference} was settled by {settled_by}, not by {order.evidence_tx}")
-        arrivals = [self._arrivals.get(evidence["blockHash"], signal.at) for evidence in signal.data["evidence"]]
-        if order.measured and signal.generation == 1 and arrivals:
+        evidence = signal.data["evidence"]
+        for key, only in (("txHash", order.evidence_tx), ("recordId", order.evidence_record)):
+            settled_by = {str(entry[key]) for entry in evidence if entry.get(key)}
+            if only is not None and settled_by != {only}:
+                self.strange.append(f"{order.reference} was settled by {', '.join(sorted(settled_by))}, not by {only}")
+        settled = [self._settled_at(entry) for entry in evidence]
+        if order.measured and signal.generation == 1 and settled:
             # our socket may tell the block later than the daemon's: then nothing was waited for
-            order.latency_ms = max(0.0, signal.at - max(arrivals)) * 1000
+            order.latency_ms = max(0.0, signal.at - max(signal.at if at is None else at for at in settled)) * 1000
         if order.hands_over:
             task = asyncio.create_task(self._hand_over(order, signal.generation))
             self._busy.add(task)

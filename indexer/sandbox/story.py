@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Sequence
 
 from indexer.model.types import hex0x
-from indexer.sandbox.author import CONFIRMED_UP_TO, INCLUDED_UP_TO, Author, Draft
+from indexer.sandbox.author import CONFIRMED_UP_TO, INCLUDED_UP_TO, Author, Draft, Kind
 from indexer.sandbox.contracts import artefact
 from indexer.sandbox.ledger import BLOOM, COPYCAT, CUSTOMERS, ORCHIDS, PETALS
 from indexer.sandbox.loyfin import operation_hash, speak
@@ -18,7 +18,7 @@ from indexer.sandbox.shop import Disappointed, End, Order
 
 OPENING = 50_000
 DEADLINE_SECONDS = 3
-QUICK_ONES = 16  # an even number
+QUICK_REDEMPTIONS, QUICK_ISSUANCES = 16, 4  # even numbers
 
 ANA, BEN, CLEO = CUSTOMERS["ana"], CUSTOMERS["ben"], CUSTOMERS["cleo"]
 EXPIRED = End("expired", generation=0, trace=("expired",))
@@ -290,11 +290,12 @@ class Stories(Author):
         drafts: list[tuple[str, Draft]] = []
         orders: list[Order] = []
         async with self.undisturbed():
-            for number in range(1, QUICK_ONES + 1):  # signed before: nothing should keep us busy when a webhook comes
-                reference = f"quick-{number:02}"
+            kinds: dict[str, Kind] = {f"quick-{n:02}": "redemption" for n in range(1, QUICK_REDEMPTIONS + 1)}
+            kinds |= {f"quick-issue-{n}": "issuance" for n in range(1, QUICK_ISSUANCES + 1)}
+            for reference, kind in kinds.items():  # signed before: nothing should keep us busy when a webhook comes
                 customer = self.chance(f"{reference}/who").choice((ANA, BEN, CLEO))
                 amount = self.amount(reference, 5, INCLUDED_UP_TO)
-                drafts.append((reference, self.draft(reference, "redemption", customer, amount)))
+                drafts.append((reference, self.draft(reference, kind, customer, amount)))
                 await asyncio.sleep(0)
             for pair in zip(drafts[::2], drafts[1::2], strict=True):
                 both = [

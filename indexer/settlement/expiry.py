@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from indexer.model.confidence import Heads
 from indexer.model.operation import Leg
-from indexer.store import operations as store
+from indexer.store import expiry as store
 from indexer.store.connection import Connection
 from indexer.store.coverage import covered_until
 from indexer.store.operations import Operation

@@ -13,10 +13,12 @@ import asyncpg
 import structlog
 
 from indexer.model import signal as signals
-from indexer.model.confidence import Alarm
-from indexer.settlement.reconciler import BrandRules, Observer, Pass, reconcile
+from indexer.model.confidence import Alarm, Level
+from indexer.settlement.desk import Pass
+from indexer.settlement.reconciler import Observer, reconcile
 from indexer.settlement.reconsider import Reconsideration
-from indexer.store import operations as store
+from indexer.settlement.rules import BrandRules, standing_of
+from indexer.store import operations, unmatched
 from indexer.store.connection import Connection
 from indexer.store.leases import Lease
 from indexer.store.operations import Changes
@@ -42,6 +44,7 @@ DEFECTS = (
 )
 UNMATCHED_QUIET_MS = 600_000  # evidence younger than this may still find its registration
 UNMATCHED_EVERY = 10  # sweeps
+LOOK_AGAIN_SECONDS = 600.0  # a partner's record that is not final yet, or that a person decides on
 
 
 async def settle(
@@ -71,8 +74,8 @@ async def settle(
         batch = 1 if careful else BATCH
         if done.signals:
             wakeups.poke("settled")
-        for operation, state, movements in done.transitions:
-            observer.transition(operation, state, movements, done.now_ms)
+        for operation, state, evidence in done.transitions:
+            observer.transition(operation, state, evidence, done.now_ms)
         for signal in done.signals:
             observer.signalled(signal)
         for movement in done.repeated:
@@ -86,9 +89,10 @@ async def settle(
         if idle % UNMATCHED_EVERY == 0:
             async with lease.transaction() as conn:
                 told = await tell_unmatched(conn, unmatched_quiet_ms)
-            if told.signals:
+                records = await tell_unmatched_records(conn, rules, unmatched_quiet_ms)
+            if told.signals or records:
                 wakeups.poke("settled")
-            if told.more:
+            if told.more or records >= UNMATCHED_AT_ONCE:
                 continue
         idle += 1
         await wakeups.wait(("facts", "heads", "registered"), SWEEP_SECONDS)
@@ -97,9 +101,9 @@ async def settle(
 async def _put_off(lease: Lease) -> list[str]:
     """Takes the operation whose turn it is out of the queue, to be looked at again later."""
     async with lease.transaction() as conn:
-        ids = await store.take_touched(conn, 1)
-        later = Alarm(0, "clock_ms", await store.now_ms(conn) + PUT_OFF_MS)
-        await store.store(conn, Changes(alarms={operation: [later] for operation in ids}))
+        ids = await operations.take_touched(conn, 1)
+        later = Alarm(0, "clock_ms", await operations.now_ms(conn) + PUT_OFF_MS)
+        await operations.store(conn, Changes(alarms={operation: [later] for operation in ids}))
     return [str(operation) for operation in ids]
 
 
@@ -113,19 +117,35 @@ class Unmatched:
 
 async def tell_unmatched(conn: Connection, quiet_ms: int, limit: int = UNMATCHED_AT_ONCE) -> Unmatched:
     """Signals evidence of our issuers, safe and older than `quiet_ms`, that no operation claims."""
-    clock_ms = await store.now_ms(conn)
+    clock_ms = await operations.now_ms(conn)
     told, more = 0, False
-    for chain in (await store.heads(conn)).values():
+    for chain in (await operations.heads(conn)).values():
         if chain.latched or chain.safe_number < 0:
             continue
-        found, cursor, unread = await store.unmatched_due(conn, chain, clock_ms, quiet_ms, limit)
+        found, cursor, unread = await unmatched.unmatched_due(conn, chain, clock_ms, quiet_ms, limit)
         spoken_for: set[UUID] = set()
         if found:
-            spoken_for = await store.contested(conn, [movement for _, movement in found])
+            spoken_for = await unmatched.contested(conn, [movement for _, movement in found])
             # a second event of an identity that has settled is no unmatched one
-            spoken_for |= await store.claimed(conn, [movement.id for _, movement in found])
+            spoken_for |= await unmatched.claimed(conn, [movement.id for _, movement in found])
         new = [signals.unmatched_signal(m, brand, clock_ms) for brand, m in found if m.id not in spoken_for]
         told += len(await append(conn, new))
         more = more or unread
-        await store.move_unmatched_cursor(conn, chain.chain_id, cursor)
+        await unmatched.move_unmatched_cursor(conn, chain.chain_id, cursor)
     return Unmatched(told, more)
+
+
+async def tell_unmatched_records(
+    conn: Connection, rules: Mapping[str, BrandRules], quiet_ms: int, limit: int = UNMATCHED_AT_ONCE
+) -> int:
+    """Signals partners' records of our wallets, safe and known for `quiet_ms`, that no operation claims. Returns how many."""
+    clock_ms = await operations.now_ms(conn)
+    standing = standing_of(await operations.heads(conn), rules, clock_ms)
+    found, idle = await unmatched.unmatched_transfers(conn, quiet_ms, limit)
+    decided = await unmatched.offered(conn, found) if found else set()
+    deep = [t for t in found if t.id not in decided and (standing.level(t) or Level.INCLUDED) >= Level.SAFE]
+    told = {transfer.id for transfer in deep}
+    await append(conn, [signals.unmatched_signal(transfer, transfer.brand, clock_ms) for transfer in deep])
+    await unmatched.look_again(conn, list(told), None)
+    await unmatched.look_again(conn, [t.id for t in [*found, *idle] if t.id not in told], LOOK_AGAIN_SECONDS)
+    return len(told)

@@ -14,7 +14,7 @@ from uuid import UUID
 
 import structlog
 
-from indexer.settlement.reconciler import BrandRules
+from indexer.settlement.rules import BrandRules
 from indexer.store import brands
 from indexer.store.connection import Connection
 

@@ -325,6 +325,159 @@ raw_log = Table(
     _orphans("raw_log"),
 )
 
+# --------------------------------------------------------------------------- facts: the partners
+
+# The accounts at partners that the configuration names (for registration: no account, no leg), and each poller's own state.
+partner_account = Table(
+    "partner_account",
+    metadata,
+    Column("brand", Text, ForeignKey("brand.name"), nullable=False),
+    Column("partner", Text, nullable=False),  # 'loyfin' | 'keyban' | 'qiibee'
+    Column("active", Boolean, nullable=False, server_default=text("true")),  # still in the configuration
+    Column("state", JSONB, nullable=False, server_default=text("'{}'::jsonb")),  # the poller's cursors and first looks
+    Column("stopped_at", Time),  # the partner refused the credential (401, 403): not asked again until a restart
+    Column("stopped_reason", Text),
+    Column("polled_at", Time),  # last answer that could be used
+    Column("problem", Text),  # what the last attempt met with; null: it went well
+    PrimaryKeyConstraint("brand", "partner"),
+)
+
+# What a partner said, less its personal data, as often as it changed.
+partner_record = Table(
+    "partner_record",
+    metadata,
+    Column("brand", Text, nullable=False),
+    Column("partner", Text, nullable=False),
+    Column("record_id", Text, nullable=False),
+    Column("version", Integer, nullable=False),  # from 1
+    Column("raw", JSONB, nullable=False),  # scrubbed before it comes here
+    Column("seen_at", Time, nullable=False, server_default=NOW),
+    Column("current", Boolean, nullable=False, server_default=text("true")),  # the last version
+    Column(
+        "wallet", Text, nullable=False, server_default=text("''")
+    ),  # whose listing holds it; '' is the whole account's
+    Column("time_ms", BigInteger),  # the record's own time
+    Column("missing", SmallInteger, nullable=False, server_default=text("0")),  # full sweeps in a row that lacked it
+    PrimaryKeyConstraint("brand", "partner", "record_id", "version"),
+    # sweeps: what a listing should still hold
+    Index("partner_record_wallet_idx", "brand", "partner", "wallet", "time_ms", postgresql_where=text("current")),
+    Index("partner_record_current_idx", "brand", "partner", "record_id", unique=True, postgresql_where=text("current")),
+    Index("partner_record_age_idx", "seen_at", postgresql_where=text("NOT current")),  # retention of old versions
+)
+
+# When each wallet was looked at, where a partner lists by wallet.
+partner_wallet = Table(
+    "partner_wallet",
+    metadata,
+    Column("brand", Text, nullable=False),
+    Column("partner", Text, nullable=False),
+    Column("wallet", Text, nullable=False),
+    Column("first_look_at", Time),  # when the first complete look at it began
+    Column("last_look_at", Time),  # … and the last
+    Column("swept_at", Time),  # the last complete look that counted for what is missing
+    Column(
+        "active_at", Time, nullable=False, server_default=NOW
+    ),  # last news of it: a new leg, a new or changed record
+    Column("next_look_at", Time),  # with nothing open: when to look again all the same
+    PrimaryKeyConstraint("brand", "partner", "wallet"),
+    Index(
+        "partner_wallet_due_idx", "brand", "partner", "next_look_at", postgresql_where=text("next_look_at IS NOT NULL")
+    ),
+)
+
+# What settles a partner leg: a Keyban order, one side of a qiibee transaction. Written by the pollers, judged by the reconciler.
+partner_transfer = Table(
+    "partner_transfer",
+    metadata,
+    Column("id", UUID, primary_key=True),  # model/evidence.py: of partner, account, kind and record
+    Column("brand", Text, ForeignKey("brand.name"), nullable=False),
+    Column("partner", Text, nullable=False),
+    Column("kind", Text, nullable=False),  # 'keyban.mint' | 'keyban.burn' | 'qiibee.credit' | 'qiibee.debit'
+    Column("record_id", Text, nullable=False),
+    Column("wallet", Text, nullable=False),
+    Column("token", Text),
+    Column("amount", Uint256),  # base units; null: not known (queued, or a fraction without configured decimals)
+    Column("amount_text", Text),  # as received
+    Column("time_ms", BigInteger),  # the record's own time; null: it has none, and first_seen_at stands for it
+    # without a time of its own and there at the first look at its wallet: settles only by a person's decision
+    Column("undated", Boolean, nullable=False, server_default=text("false")),
+    # 'pending' (no place on a ledger yet), 'included' (a place, and no word on success), 'succeeded', 'failed' (final: it says so)
+    Column("status", Text, nullable=False),
+    Column("network", Text),  # as the partner calls it
+    Column(
+        "chain_id", BigInteger
+    ),  # the network is a chain that we follow: counts only after our own look (chain_lookup)
+    Column("tx_hash", Text),  # as received; 0x lower case where chain_id is set
+    Column(
+        "tx_hashes", ARRAY(Text), nullable=False, server_default=text("'{}'::text[]")
+    ),  # all, where there are several
+    Column("block_number", Uint256),  # the partner's word
+    Column("first_seen_at", Time, nullable=False, server_default=NOW),
+    Column("settled_at", Time),  # since when it is included or succeeded without a change of status, hash or amount
+    Column(
+        "seen_at", Time, nullable=False, server_default=NOW
+    ),  # last read like this; kept up for what may not stand for long yet
+    Column("withdrawn_at", Time),  # missing from two full sweeps; null again when it returns
+    Column("checked", JSONB),  # what a cross-check said
+    Column(
+        "unmatched_look_at", Time, server_default=NOW
+    ),  # when to look again whether nothing claims it; null: told or settled
+    Index("partner_transfer_record_idx", "brand", "partner", "record_id"),
+    # matching: the records that could settle a leg
+    Index("partner_transfer_wallet_idx", "brand", "wallet", "amount", "kind"),
+    # a look-up's answer
+    Index(
+        "partner_transfer_tx_idx", "tx_hashes", postgresql_using="gin", postgresql_where=text("chain_id IS NOT NULL")
+    ),
+    Index(
+        "partner_transfer_unmatched_idx", "unmatched_look_at", postgresql_where=text("unmatched_look_at IS NOT NULL")
+    ),
+    Index("partner_transfer_page_idx", "brand", "first_seen_at", "id"),
+)
+
+# What Loyfin's API says of a signed action: a hint that ends nothing, since the action may still be mined.
+partner_hint = Table(
+    "partner_hint",
+    metadata,
+    Column("brand", Text, ForeignKey("brand.name"), nullable=False),
+    Column("partner", Text, nullable=False),
+    Column("record_id", Text, nullable=False),
+    Column("chain_id", BigInteger, nullable=False),
+    Column("factory", LargeBinary, nullable=False),  # the action's verifyingContract
+    Column("kind", Text, nullable=False),
+    Column("issuer", LargeBinary, nullable=False),
+    Column("nonce", LargeBinary, nullable=False),
+    Column("operation_hash", LargeBinary),  # null for none or zero
+    Column("status", Text, nullable=False),  # 'pending' | 'submitted' | 'mined' | 'rejected'
+    Column("reason", Text),  # of a rejection; 'cancelled' where the partner calls it that
+    Column("relay_tx_hash", LargeBinary),
+    Column("seen_at", Time, nullable=False, server_default=NOW),
+    PrimaryKeyConstraint("brand", "partner", "record_id"),
+    Index("partner_hint_nonce_idx", "nonce"),
+    Index("partner_hint_operation_hash_idx", "operation_hash", postgresql_where=text("operation_hash IS NOT NULL")),
+)
+
+# Questions that pollers have about a transaction of a chain that we follow, and the chain room's answers.
+# Above finalized an answer is looked at again until the block is final: it may be another one by then, or none.
+chain_lookup = Table(
+    "chain_lookup",
+    metadata,
+    Column("chain_id", BigInteger, nullable=False),
+    Column("tx_hash", LargeBinary, nullable=False),
+    Column("asked_at", Time, nullable=False, server_default=NOW),
+    Column("answered_at", Time),  # null: not yet
+    Column("block_number", BigInteger),  # null in an answer: the chain does not hold it (now)
+    Column("block_hash", LargeBinary),
+    Column("success", Boolean),
+    # every ERC-20 Transfer of the receipt: [{"token": "0x…", "from": "0x…", "to": "0x…", "value": "250"}]
+    Column("transfer", JSONB),
+    Column(
+        "final", Boolean, nullable=False, server_default=text("false")
+    ),  # its block is finalized: not looked at again
+    PrimaryKeyConstraint("chain_id", "tx_hash"),
+    Index("chain_lookup_open_idx", "chain_id", "answered_at", postgresql_where=text("NOT final")),
+)
+
 # --------------------------------------------------------------------------- operations
 
 operation = Table(
@@ -386,7 +539,8 @@ leg = Table(
     Column("deadline", Uint256),
     Column("nonce", LargeBinary),
     Column("operation_hash", LargeBinary),  # null for none or zero
-    Column("wallet_id", Text),  # partner legs
+    Column("wallet_id", Text),  # partner legs: the partner's own name of the wallet or user, compared as it is
+    Column("token", Text),  # partner legs, where the brand states one: qiibee's token id
     Column("requested_at", Time, nullable=False),  # the operation's: the window of wallet_amount
     # an expired or cancelled operation gives its nonce free; it is still watched
     Column("released", Boolean, nullable=False, server_default=text("false")),
@@ -404,6 +558,8 @@ leg = Table(
     Index("leg_any_nonce_idx", "nonce", postgresql_where=text("nonce IS NOT NULL")),
     Index("leg_operation_hash_idx", "operation_hash", postgresql_where=text("operation_hash IS NOT NULL")),
     Index("leg_wallet_idx", "holder", "amount", postgresql_where=text("match = 'wallet_amount'")),
+    # partner legs: what a partner's record could settle, and whose wallets are looked at
+    Index("leg_partner_idx", "wallet_id", "amount", "kind", postgresql_where=text("wallet_id IS NOT NULL")),
 )
 
 # The stored pairing of one piece of evidence and one leg: unique on both sides (promise 2).
@@ -413,10 +569,11 @@ claim = Table(
     Column("operation_id", UUID, ForeignKey("operation.id"), nullable=False),
     Column("leg", SmallInteger, nullable=False),
     Column("evidence_id", UUID, nullable=False, unique=True),  # UUIDv5 of the evidence's identity
-    Column("chain_id", BigInteger, nullable=False),
-    Column("block_number", BigInteger, nullable=False),
-    Column("log_index", Integer, nullable=False),
-    Column("block_hash", LargeBinary, nullable=False),
+    # where a movement's event is; of a partner's transfer on a chain that we follow, the block; else null
+    Column("chain_id", BigInteger),
+    Column("block_number", BigInteger),
+    Column("log_index", Integer),
+    Column("block_hash", LargeBinary),
     Column("basis", Text, nullable=False),  # 'nonce' | 'operation_hash' | 'wallet_amount' | 'decision'
     Column("ambiguous", Boolean, nullable=False, server_default=text("false")),
     Column("final", Boolean, nullable=False, server_default=text("false")),  # `ready` has left

@@ -113,6 +113,20 @@ def create_tables() -> None:
     sa.UniqueConstraint('name', name=op.f('chain_name_key')),
     schema='indexer'
     )
+    op.create_table('chain_lookup',
+    sa.Column('chain_id', sa.BigInteger(), nullable=False),
+    sa.Column('tx_hash', sa.LargeBinary(), nullable=False),
+    sa.Column('asked_at', postgresql.TIMESTAMP(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
+    sa.Column('answered_at', postgresql.TIMESTAMP(timezone=True), nullable=True),
+    sa.Column('block_number', sa.BigInteger(), nullable=True),
+    sa.Column('block_hash', sa.LargeBinary(), nullable=True),
+    sa.Column('success', sa.Boolean(), nullable=True),
+    sa.Column('transfer', postgresql.JSONB(), nullable=True),
+    sa.Column('final', sa.Boolean(), server_default=sa.text('false'), nullable=False),
+    sa.PrimaryKeyConstraint('chain_id', 'tx_hash', name=op.f('chain_lookup_pk')),
+    schema='indexer'
+    )
+    op.create_index('chain_lookup_open_idx', 'chain_lookup', ['chain_id', 'answered_at'], unique=False, schema='indexer', postgresql_where=sa.text('NOT final'))
     op.create_table('coverage',
     sa.Column('chain_id', sa.BigInteger(), nullable=False),
     sa.Column('emitter', sa.LargeBinary(), nullable=False),
@@ -246,6 +260,36 @@ def create_tables() -> None:
     op.create_index('outbox_aggregate_idx', 'outbox', ['aggregateid', 'position'], unique=False, schema='indexer')
     op.create_index('outbox_sequence_idx', 'outbox', ['brand', 'sequence'], unique=True, schema='indexer')
     op.create_index('outbox_unnumbered_idx', 'outbox', ['position'], unique=False, schema='indexer', postgresql_where=sa.text('sequence IS NULL'))
+    op.create_table('partner_record',
+    sa.Column('brand', sa.Text(), nullable=False),
+    sa.Column('partner', sa.Text(), nullable=False),
+    sa.Column('record_id', sa.Text(), nullable=False),
+    sa.Column('version', sa.Integer(), nullable=False),
+    sa.Column('raw', postgresql.JSONB(), nullable=False),
+    sa.Column('seen_at', postgresql.TIMESTAMP(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
+    sa.Column('current', sa.Boolean(), server_default=sa.text('true'), nullable=False),
+    sa.Column('wallet', sa.Text(), server_default=sa.text("''"), nullable=False),
+    sa.Column('time_ms', sa.BigInteger(), nullable=True),
+    sa.Column('missing', sa.SmallInteger(), server_default=sa.text('0'), nullable=False),
+    sa.PrimaryKeyConstraint('brand', 'partner', 'record_id', 'version', name=op.f('partner_record_pk')),
+    schema='indexer'
+    )
+    op.create_index('partner_record_age_idx', 'partner_record', ['seen_at'], unique=False, schema='indexer', postgresql_where=sa.text('NOT current'))
+    op.create_index('partner_record_current_idx', 'partner_record', ['brand', 'partner', 'record_id'], unique=True, schema='indexer', postgresql_where=sa.text('current'))
+    op.create_index('partner_record_wallet_idx', 'partner_record', ['brand', 'partner', 'wallet', 'time_ms'], unique=False, schema='indexer', postgresql_where=sa.text('current'))
+    op.create_table('partner_wallet',
+    sa.Column('brand', sa.Text(), nullable=False),
+    sa.Column('partner', sa.Text(), nullable=False),
+    sa.Column('wallet', sa.Text(), nullable=False),
+    sa.Column('first_look_at', postgresql.TIMESTAMP(timezone=True), nullable=True),
+    sa.Column('last_look_at', postgresql.TIMESTAMP(timezone=True), nullable=True),
+    sa.Column('swept_at', postgresql.TIMESTAMP(timezone=True), nullable=True),
+    sa.Column('active_at', postgresql.TIMESTAMP(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
+    sa.Column('next_look_at', postgresql.TIMESTAMP(timezone=True), nullable=True),
+    sa.PrimaryKeyConstraint('brand', 'partner', 'wallet', name=op.f('partner_wallet_pk')),
+    schema='indexer'
+    )
+    op.create_index('partner_wallet_due_idx', 'partner_wallet', ['brand', 'partner', 'next_look_at'], unique=False, schema='indexer', postgresql_where=sa.text('next_look_at IS NOT NULL'))
     op.create_table('programme',
     sa.Column('chain_id', sa.BigInteger(), nullable=False),
     sa.Column('block_number', sa.BigInteger(), nullable=False),
@@ -421,6 +465,72 @@ def create_tables() -> None:
     op.create_index('operation_ready_idx', 'operation', ['brand', 'state_at', 'id'], unique=False, schema='indexer', postgresql_where=sa.text("state = 'ready'"))
     op.create_index('operation_state_idx', 'operation', ['brand', 'state', 'registered_at'], unique=False, schema='indexer')
     op.create_index('operation_undone_idx', 'operation', ['brand', 'state_at'], unique=False, schema='indexer', postgresql_where=sa.text("generation > 0 AND state NOT IN ('ready', 'fulfilled')"))
+    op.create_table('partner_account',
+    sa.Column('brand', sa.Text(), nullable=False),
+    sa.Column('partner', sa.Text(), nullable=False),
+    sa.Column('active', sa.Boolean(), server_default=sa.text('true'), nullable=False),
+    sa.Column('state', postgresql.JSONB(), server_default=sa.text("'{}'::jsonb"), nullable=False),
+    sa.Column('stopped_at', postgresql.TIMESTAMP(timezone=True), nullable=True),
+    sa.Column('stopped_reason', sa.Text(), nullable=True),
+    sa.Column('polled_at', postgresql.TIMESTAMP(timezone=True), nullable=True),
+    sa.Column('problem', sa.Text(), nullable=True),
+    sa.ForeignKeyConstraint(['brand'], ['indexer.brand.name'], name=op.f('partner_account_brand_fk')),
+    sa.PrimaryKeyConstraint('brand', 'partner', name=op.f('partner_account_pk')),
+    schema='indexer'
+    )
+    op.create_table('partner_hint',
+    sa.Column('brand', sa.Text(), nullable=False),
+    sa.Column('partner', sa.Text(), nullable=False),
+    sa.Column('record_id', sa.Text(), nullable=False),
+    sa.Column('chain_id', sa.BigInteger(), nullable=False),
+    sa.Column('factory', sa.LargeBinary(), nullable=False),
+    sa.Column('kind', sa.Text(), nullable=False),
+    sa.Column('issuer', sa.LargeBinary(), nullable=False),
+    sa.Column('nonce', sa.LargeBinary(), nullable=False),
+    sa.Column('operation_hash', sa.LargeBinary(), nullable=True),
+    sa.Column('status', sa.Text(), nullable=False),
+    sa.Column('reason', sa.Text(), nullable=True),
+    sa.Column('relay_tx_hash', sa.LargeBinary(), nullable=True),
+    sa.Column('seen_at', postgresql.TIMESTAMP(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
+    sa.ForeignKeyConstraint(['brand'], ['indexer.brand.name'], name=op.f('partner_hint_brand_fk')),
+    sa.PrimaryKeyConstraint('brand', 'partner', 'record_id', name=op.f('partner_hint_pk')),
+    schema='indexer'
+    )
+    op.create_index('partner_hint_nonce_idx', 'partner_hint', ['nonce'], unique=False, schema='indexer')
+    op.create_index('partner_hint_operation_hash_idx', 'partner_hint', ['operation_hash'], unique=False, schema='indexer', postgresql_where=sa.text('operation_hash IS NOT NULL'))
+    op.create_table('partner_transfer',
+    sa.Column('id', sa.UUID(), nullable=False),
+    sa.Column('brand', sa.Text(), nullable=False),
+    sa.Column('partner', sa.Text(), nullable=False),
+    sa.Column('kind', sa.Text(), nullable=False),
+    sa.Column('record_id', sa.Text(), nullable=False),
+    sa.Column('wallet', sa.Text(), nullable=False),
+    sa.Column('token', sa.Text(), nullable=True),
+    sa.Column('amount', sa.Numeric(precision=78, scale=0), nullable=True),
+    sa.Column('amount_text', sa.Text(), nullable=True),
+    sa.Column('time_ms', sa.BigInteger(), nullable=True),
+    sa.Column('undated', sa.Boolean(), server_default=sa.text('false'), nullable=False),
+    sa.Column('status', sa.Text(), nullable=False),
+    sa.Column('network', sa.Text(), nullable=True),
+    sa.Column('chain_id', sa.BigInteger(), nullable=True),
+    sa.Column('tx_hash', sa.Text(), nullable=True),
+    sa.Column('tx_hashes', postgresql.ARRAY(sa.Text()), server_default=sa.text("'{}'::text[]"), nullable=False),
+    sa.Column('block_number', sa.Numeric(precision=78, scale=0), nullable=True),
+    sa.Column('first_seen_at', postgresql.TIMESTAMP(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
+    sa.Column('settled_at', postgresql.TIMESTAMP(timezone=True), nullable=True),
+    sa.Column('seen_at', postgresql.TIMESTAMP(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
+    sa.Column('withdrawn_at', postgresql.TIMESTAMP(timezone=True), nullable=True),
+    sa.Column('checked', postgresql.JSONB(), nullable=True),
+    sa.Column('unmatched_look_at', postgresql.TIMESTAMP(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=True),
+    sa.ForeignKeyConstraint(['brand'], ['indexer.brand.name'], name=op.f('partner_transfer_brand_fk')),
+    sa.PrimaryKeyConstraint('id', name=op.f('partner_transfer_pk')),
+    schema='indexer'
+    )
+    op.create_index('partner_transfer_page_idx', 'partner_transfer', ['brand', 'first_seen_at', 'id'], unique=False, schema='indexer')
+    op.create_index('partner_transfer_record_idx', 'partner_transfer', ['brand', 'partner', 'record_id'], unique=False, schema='indexer')
+    op.create_index('partner_transfer_tx_idx', 'partner_transfer', ['tx_hashes'], unique=False, schema='indexer', postgresql_using='gin', postgresql_where=sa.text('chain_id IS NOT NULL'))
+    op.create_index('partner_transfer_unmatched_idx', 'partner_transfer', ['unmatched_look_at'], unique=False, schema='indexer', postgresql_where=sa.text('unmatched_look_at IS NOT NULL'))
+    op.create_index('partner_transfer_wallet_idx', 'partner_transfer', ['brand', 'wallet', 'amount', 'kind'], unique=False, schema='indexer')
     op.create_table('webhook',
     sa.Column('brand', sa.Text(), nullable=False),
     sa.Column('name', sa.Text(), nullable=False),
@@ -450,10 +560,10 @@ def create_tables() -> None:
     sa.Column('operation_id', sa.UUID(), nullable=False),
     sa.Column('leg', sa.SmallInteger(), nullable=False),
     sa.Column('evidence_id', sa.UUID(), nullable=False),
-    sa.Column('chain_id', sa.BigInteger(), nullable=False),
-    sa.Column('block_number', sa.BigInteger(), nullable=False),
-    sa.Column('log_index', sa.Integer(), nullable=False),
-    sa.Column('block_hash', sa.LargeBinary(), nullable=False),
+    sa.Column('chain_id', sa.BigInteger(), nullable=True),
+    sa.Column('block_number', sa.BigInteger(), nullable=True),
+    sa.Column('log_index', sa.Integer(), nullable=True),
+    sa.Column('block_hash', sa.LargeBinary(), nullable=True),
     sa.Column('basis', sa.Text(), nullable=False),
     sa.Column('ambiguous', sa.Boolean(), server_default=sa.text('false'), nullable=False),
     sa.Column('final', sa.Boolean(), server_default=sa.text('false'), nullable=False),
@@ -524,6 +634,7 @@ def create_tables() -> None:
     sa.Column('nonce', sa.LargeBinary(), nullable=True),
     sa.Column('operation_hash', sa.LargeBinary(), nullable=True),
     sa.Column('wallet_id', sa.Text(), nullable=True),
+    sa.Column('token', sa.Text(), nullable=True),
     sa.Column('requested_at', postgresql.TIMESTAMP(timezone=True), nullable=False),
     sa.Column('released', sa.Boolean(), server_default=sa.text('false'), nullable=False),
     sa.ForeignKeyConstraint(['operation_id'], ['indexer.operation.id'], name=op.f('leg_operation_id_fk')),
@@ -533,6 +644,7 @@ def create_tables() -> None:
     op.create_index('leg_any_nonce_idx', 'leg', ['nonce'], unique=False, schema='indexer', postgresql_where=sa.text('nonce IS NOT NULL'))
     op.create_index('leg_nonce_idx', 'leg', ['chain_id', 'factory', 'kind', 'issuer', 'nonce'], unique=True, schema='indexer', postgresql_where=sa.text('nonce IS NOT NULL AND NOT released'))
     op.create_index('leg_operation_hash_idx', 'leg', ['operation_hash'], unique=False, schema='indexer', postgresql_where=sa.text('operation_hash IS NOT NULL'))
+    op.create_index('leg_partner_idx', 'leg', ['wallet_id', 'amount', 'kind'], unique=False, schema='indexer', postgresql_where=sa.text('wallet_id IS NOT NULL'))
     op.create_index('leg_wallet_idx', 'leg', ['holder', 'amount'], unique=False, schema='indexer', postgresql_where=sa.text("match = 'wallet_amount'"))
     op.create_table('receipt',
     sa.Column('operation_id', sa.UUID(), nullable=False),
@@ -557,6 +669,9 @@ def drop_tables() -> None:
     op.drop_table('claim', schema='indexer')
     op.drop_table('alarm', schema='indexer')
     op.drop_table('webhook', schema='indexer')
+    op.drop_table('partner_transfer', schema='indexer')
+    op.drop_table('partner_hint', schema='indexer')
+    op.drop_table('partner_account', schema='indexer')
     op.drop_table('operation', schema='indexer')
     op.drop_table('issuer', schema='indexer')
     op.drop_table('brand_login', schema='indexer')
@@ -568,6 +683,8 @@ def drop_tables() -> None:
     op.drop_table('raw_log', schema='indexer')
     op.drop_table('programme_event', schema='indexer')
     op.drop_table('programme', schema='indexer')
+    op.drop_table('partner_wallet', schema='indexer')
+    op.drop_table('partner_record', schema='indexer')
     op.drop_table('outbox', schema='indexer')
     op.drop_table('movement', schema='indexer')
     op.drop_table('lease', schema='indexer')
@@ -578,6 +695,7 @@ def drop_tables() -> None:
     op.drop_table('delivery_attempt', schema='indexer')
     op.drop_table('delivery', schema='indexer')
     op.drop_table('coverage', schema='indexer')
+    op.drop_table('chain_lookup', schema='indexer')
     op.drop_table('chain', schema='indexer')
     op.drop_table('brand', schema='indexer')
     op.drop_table('block', schema='indexer')

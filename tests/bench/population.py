@@ -31,6 +31,7 @@ GROWING = (
     *("movement", "transfer", "programme_event", "raw_log", "block"),
     *("operation", "leg", "claim", "receipt", "history", "alarm", "touched_blocks", "touched_operation"),
     *("outbox", "delivery"),
+    *("partner_record", "partner_transfer"),
 )
 
 # the same for every statement below, in SQL

@@ -18,6 +18,7 @@ from typing import Any
 import asyncpg
 import msgspec
 import psutil
+from tests.api_world import told
 
 from indexer.api.app import create_app
 from indexer.api.app import serve as serve_http
@@ -28,7 +29,6 @@ from indexer.store.database import Database
 from indexer.store.leases import Leases
 from indexer.store.wakeups import Wakeups
 from indexer.telemetry import Metrics
-from tests.api_world import told
 from tests.bench.measure import Server, own_cpu, postgres, tree_cpu
 
 NOTE = (

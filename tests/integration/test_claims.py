@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 
 from indexer.model.confidence import Level, Policy
-from indexer.settlement.reconciler import BrandRules
+from indexer.settlement.rules import BrandRules
 from indexer.store import functions
 from indexer.store.database import Database
 from tests.world import BRAND, ISSUER, World, hexa, problem

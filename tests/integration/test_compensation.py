@@ -8,7 +8,7 @@ from uuid import UUID
 import pytest
 
 from indexer.model.confidence import Level, Policy
-from indexer.settlement.reconciler import BrandRules
+from indexer.settlement.rules import BrandRules
 from indexer.store.signals import number
 from tests.integration.test_settlement_stories import DEMANDS, Story
 from tests.oracle import judge_database

@@ -13,7 +13,7 @@ from indexer import maintenance
 from indexer.config import Retention
 from indexer.maintenance import CHORES, TASK, do_chores
 from indexer.model.confidence import Level, Policy
-from indexer.settlement.reconciler import BrandRules
+from indexer.settlement.rules import BrandRules
 from indexer.store import retention
 from indexer.store.database import Database
 from indexer.store.leases import Lease, LeaseLost, Leases

@@ -21,15 +21,17 @@ import pytest
 from indexer.model.evidence import evidence_id
 from indexer.model.signal import READY, REVERTED, Signal
 from indexer.model.types import Address, Hash32, Header
-from indexer.settlement.loop import tell_unmatched
+from indexer.settlement.loop import tell_unmatched, tell_unmatched_records
 from indexer.settlement.reconciler import reconcile
 from indexer.store import (
     chains,
     coverage,
     deliveries,
+    expiry,
     facts,
     feed,
     functions,
+    neighbourhood,
     operations,
     overview,
     programmes,
@@ -298,10 +300,47 @@ async def test_deep_queues(watched: Watched, conn: asyncpg.Connection) -> None:
 
 
 async def test_expiry_is_proven(watched: Watched, conn: asyncpg.Connection) -> None:
-    around = await operations.load(watched, [operation_id(POPULATION.settled)])  # type: ignore[arg-type]
-    assert await operations.watched_since(watched, around.legs)  # type: ignore[arg-type]
-    assert await operations.highest_time_ms(watched, CHAIN, 40_000) is not None  # type: ignore[arg-type]
-    await operations.first_block_since(watched, CHAIN, BASE_MS)  # type: ignore[arg-type]
+    around = await neighbourhood.load(watched, [operation_id(POPULATION.settled)])  # type: ignore[arg-type]
+    assert await expiry.watched_since(watched, around.legs)  # type: ignore[arg-type]
+    assert await expiry.highest_time_ms(watched, CHAIN, 40_000) is not None  # type: ignore[arg-type]
+    await expiry.first_block_since(watched, CHAIN, BASE_MS)  # type: ignore[arg-type]
+
+
+async def test_partner_legs_and_their_records(watched: Watched, conn: asyncpg.Connection) -> None:
+    """Forty thousand legs over five thousand wallets, as many records, half of them settled."""
+    await conn.execute("INSERT INTO indexer.partner_account (brand, partner) VALUES ($1, 'keyban')", BRAND)
+    await conn.execute(
+        """
+        INSERT INTO indexer.leg (operation_id, leg, kind, match, amount, wallet_id, requested_at)
+        SELECT id, 1, 'keyban.mint', 'wallet_amount', 100 + n % 3, 'w' || n % 5000, to_timestamp(n)
+        FROM (SELECT id, row_number() OVER (ORDER BY id) AS n FROM indexer.operation) AS o WHERE n <= 40000
+        """
+    )
+    await conn.execute(
+        """
+        INSERT INTO indexer.partner_transfer (id, brand, partner, kind, record_id, wallet, amount, time_ms, status, network, tx_hashes,
+            chain_id, tx_hash, first_seen_at, settled_at)
+        SELECT gen_random_uuid(), $1, 'keyban', 'keyban.mint', 'o' || n, 'w' || n % 5000, 100 + n % 3, n * 1000, 'succeeded', 'BaseSepolia',
+            ARRAY['0x' || repeat('ab', 32)], $2, '0x' || repeat('ab', 32), to_timestamp(n), to_timestamp(n) FROM generate_series(1, 40000) AS n
+        """,
+        BRAND,
+        CHAIN,
+    )
+    await conn.execute("UPDATE indexer.partner_transfer SET unmatched_look_at = NULL WHERE time_ms % 2000 = 0")
+    await conn.execute("ANALYZE indexer.leg, indexer.partner_transfer, indexer.claim")
+    ids = [
+        row["operation_id"]
+        for row in await conn.fetch("SELECT operation_id FROM indexer.leg WHERE leg = 1 ORDER BY wallet_id LIMIT 100")
+    ]
+    around = await neighbourhood.load(watched, ids)  # type: ignore[arg-type]
+    assert len(around.partner_legs) >= 100 and len(around.transfers) >= 50
+    await conn.execute("INSERT INTO indexer.touched_operation (operation_id) SELECT unnest($1::uuid[])", ids)
+    await conn.execute("ANALYZE indexer.touched_operation")
+    await reconcile(watched, {}, {})  # type: ignore[arg-type]
+    await tell_unmatched_records(watched, {}, 0)  # type: ignore[arg-type]
+    for view in ("settlements", "partner_orders"):
+        where = "operation_id = $1"
+        await watched.fetch(f"SELECT * FROM loyalty.{view} WHERE {where}", ids[0])
 
 
 async def test_unmatched_evidence_is_told(watched: Watched) -> None:

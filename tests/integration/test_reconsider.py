@@ -9,8 +9,8 @@ import pytest
 from indexer.model.confidence import Level, Policy
 from indexer.model.matching import WalletRules
 from indexer.settlement import reconsider
-from indexer.settlement.reconciler import BrandRules
 from indexer.settlement.reconsider import Reconsideration, fingerprint
+from indexer.settlement.rules import BrandRules
 from tests.world import BASE_MS, BRAND, World, hexa
 
 INCLUDED, SAFE, FINALIZED = (

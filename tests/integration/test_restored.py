@@ -18,7 +18,7 @@ from indexer.commands import restored
 from indexer.commands.wiring import Failure
 from indexer.config import Config
 from indexer.model.confidence import Level, Policy
-from indexer.settlement.reconciler import BrandRules
+from indexer.settlement.rules import BrandRules
 from indexer.store.database import Database
 from indexer.store.leases import LeaseLost, Leases
 from indexer.store.signals import number

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from indexer.settlement import loop, reconciler
+from indexer.settlement import desk, loop
 from indexer.store.database import Database
 from indexer.store.leases import Leases
 from indexer.store.wakeups import Wakeups
@@ -32,14 +32,14 @@ async def test_an_operation_that_cannot_be_worked_out_is_put_off_and_the_others_
         operations = [await world.register(leg) for leg in legs]
         for block, leg in enumerate(legs):
             await world.event(100 + block, leg)
-        settle = reconciler._Desk.settle
+        settle = desk.Desk.settle
 
         async def stumbling(self: Any, operation: Any) -> None:
             if operation.id == operations[2]:
                 raise KeyError("a defect of ours")
             await settle(self, operation)
 
-        monkeypatch.setattr(reconciler._Desk, "settle", stumbling)
+        monkeypatch.setattr(desk.Desk, "settle", stumbling)
         async with Leases(database, ttl=10).hold(loop.TASK) as lease:
             task = asyncio.create_task(loop.settle(lease, Wakeups(), INCLUDED, {}, Nobody()))
             try:

@@ -11,7 +11,7 @@ import pytest
 from indexer.model.confidence import Level, Policy
 from indexer.model.matching import WalletRules
 from indexer.model.operation import NAMESPACE_OPERATION
-from indexer.settlement.reconciler import BrandRules
+from indexer.settlement.rules import BrandRules
 from tests.world import BASE_MS, BRAND, CHAIN, ISSUER, World, digest, hexa, problem
 
 INCLUDED = {BRAND: BrandRules((Policy(Level.INCLUDED),))}

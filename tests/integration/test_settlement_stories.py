@@ -16,7 +16,8 @@ import asyncpg
 import pytest
 
 from indexer.model.confidence import Level, Policy
-from indexer.settlement.reconciler import BrandRules, reconcile
+from indexer.settlement.reconciler import reconcile
+from indexer.settlement.rules import BrandRules
 from indexer.store.signals import number
 from tests.oracle import Basis, Demand, Event, Moment, Ready, judge_database, judge_ready, judge_states, read_signals
 from tests.world import BASE_MS, BRAND, World, digest, hexa

@@ -24,7 +24,7 @@ from typer.testing import CliRunner, Result
 from indexer.cli import app
 from indexer.commands.wiring import USAGE, Failure
 from indexer.model.confidence import Level, Policy
-from indexer.settlement.reconciler import BrandRules
+from indexer.settlement.rules import BrandRules
 from indexer.store import schema, signals, sql_users
 from indexer.store.database import Database
 from indexer.store.wakeups import TOPICS, channel

@@ -21,6 +21,7 @@ from indexer.chain.runtime import ChainRuntime
 from indexer.config import Chain, Config
 from indexer.observation import SettlementObserver
 from indexer.settlement import loop as settlement
+from indexer.settlement.rules import rules_of
 from indexer.signals import sequencer
 from indexer.signals.webhooks import Dispatcher, endpoints_of
 from indexer.store.database import Database
@@ -99,7 +100,7 @@ class World:
         await daemon.apply_configuration(self.database, config)
         async with ChainRuntime.open(chain, self.metrics, wakeups, rng) as runtime:
             observer = SettlementObserver(self.metrics, {chain.chain_id: chain.name})
-            rules = daemon.rules_of(config.brands)
+            rules = rules_of(config.brands)
             dispatcher = Dispatcher(
                 endpoints_of(config.brands), metrics=self.metrics, schedule=SOON, rng=rng, sweep=0.1
             )

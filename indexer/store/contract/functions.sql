@@ -154,7 +154,64 @@ BEGIN
     END IF;
 END $$;
 
--- One Loyfin leg, normalised: every field present, bytes in lower case, numbers as decimal strings.
+-- A time from an RFC 3339 string with its offset; null when absent. Raises LY422.
+CREATE OR REPLACE FUNCTION indexer.read_time(object jsonb, key text, place text) RETURNS timestamptz
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog AS $$
+DECLARE
+    value text := object ->> key;
+BEGIN
+    IF value IS NULL THEN RETURN NULL; END IF;
+    IF jsonb_typeof(object -> key) <> 'string' OR value !~ '^\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)$' THEN
+        PERFORM indexer.refuse('LY422', format('%s.%s: expected an RFC 3339 time with its offset, such as 2026-11-21T10:00:00Z', place, key),
+                               jsonb_build_object('field', place || '.' || key));
+    END IF;
+    RETURN value::timestamptz;
+EXCEPTION WHEN data_exception THEN
+    PERFORM indexer.refuse('LY422', format('%s.%s: no such time', place, key), jsonb_build_object('field', place || '.' || key));
+END $$;
+
+-- One partner leg, normalised. Nothing names its record beforehand: wallet, amount, token and time are all that can match it.
+CREATE OR REPLACE FUNCTION indexer.normalise_partner_leg(given jsonb, brand text, place text) RETURNS jsonb
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog AS $$
+DECLARE
+    kind text := given ->> 'kind';
+    provider text := split_part(given ->> 'kind', '.', 1); -- no column's name
+    wallet text := given ->> 'walletId';
+    token text := given ->> 'token';
+    amount numeric; requested timestamptz;
+BEGIN
+    IF kind NOT IN ('keyban.mint', 'keyban.burn', 'qiibee.credit', 'qiibee.debit') THEN
+        PERFORM indexer.refuse('LY422', format('%s.kind: %s is no kind of leg; those of partners are keyban.mint, keyban.burn, qiibee.credit and qiibee.debit', place, quote_literal(left(kind, 60))),
+                               jsonb_build_object('field', place || '.kind'));
+    END IF;
+    PERFORM indexer.only_keys(given, CASE provider WHEN 'qiibee' THEN ARRAY['kind', 'walletId', 'amount', 'token', 'requestedAt', 'match']
+                                                  ELSE ARRAY['kind', 'walletId', 'amount', 'requestedAt', 'match'] END, place);
+    IF NOT EXISTS (SELECT 1 FROM indexer.partner_account a WHERE a.brand = normalise_partner_leg.brand AND a.partner = provider AND a.active) THEN
+        PERFORM indexer.refuse('LY422', format('%s.kind: brand %s has no %s account configured here', place, brand, provider), jsonb_build_object('field', place || '.kind'));
+    END IF;
+    IF jsonb_typeof(given -> 'walletId') IS DISTINCT FROM 'string' OR length(wallet) NOT BETWEEN 1 AND 200 OR wallet ~ '[\u0001-\u0020\u007f-\u009f]' THEN
+        PERFORM indexer.refuse('LY422', format('%s.walletId: expected 1 to 200 characters without spaces and control characters', place), jsonb_build_object('field', place || '.walletId'));
+    END IF;
+    IF wallet ~ '^0[xX][0-9a-fA-F]+$' THEN -- hex has no case; a Stellar address and a partner's own id have
+        wallet := lower(wallet);
+    END IF;
+    IF given ? 'token' AND given -> 'token' <> 'null' AND (jsonb_typeof(given -> 'token') NOT IN ('string', 'number') OR length(token) NOT BETWEEN 1 AND 100 OR token ~ '[\u0001-\u0020\u007f-\u009f]') THEN
+        PERFORM indexer.refuse('LY422', format('%s.token: expected qiibee''s id of the token', place), jsonb_build_object('field', place || '.token'));
+    END IF;
+    IF given ? 'match' AND given ->> 'match' IS DISTINCT FROM 'wallet_amount' THEN
+        PERFORM indexer.refuse('LY422', format('%s.match: a partner leg is matched by wallet_amount alone', place), jsonb_build_object('field', place || '.match'));
+    END IF;
+    amount := indexer.read_uint256(given, 'amount', place);
+    IF amount IS NULL OR amount = 0 THEN
+        PERFORM indexer.refuse('LY422', format('%s.amount: must be given and above zero, in base units', place), jsonb_build_object('field', place || '.amount'));
+    END IF;
+    requested := indexer.read_time(given, 'requestedAt', place);
+    RETURN jsonb_build_object('kind', kind, 'match', 'wallet_amount', 'walletId', wallet, 'amount', amount::text)
+           || CASE WHEN token IS NULL THEN '{}' ELSE jsonb_build_object('token', token) END
+           || CASE WHEN requested IS NULL THEN '{}' ELSE jsonb_build_object('requestedAt', to_char(requested AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')) END;
+END $$;
+
+-- One leg, normalised; a Loyfin leg with every field present, bytes in lower case, numbers as decimal strings.
 CREATE OR REPLACE FUNCTION indexer.normalise_leg(given jsonb, brand text, place text) RETURNS jsonb
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -165,8 +222,11 @@ BEGIN
     IF jsonb_typeof(given) <> 'object' THEN
         PERFORM indexer.refuse('LY422', place || ': expected an object', jsonb_build_object('field', place));
     END IF;
+    IF kind ~ '^(keyban|qiibee)\.' THEN
+        RETURN indexer.normalise_partner_leg(given, brand, place);
+    END IF;
     IF kind IS NULL OR kind NOT IN ('loyfin.issuance', 'loyfin.redemption') THEN
-        PERFORM indexer.refuse('LY422', format('%s.kind: this installation settles loyfin.issuance and loyfin.redemption, not %s', place, coalesce(left(kind, 60), 'nothing')),
+        PERFORM indexer.refuse('LY422', format('%s.kind: expected loyfin.issuance, loyfin.redemption, keyban.mint, keyban.burn, qiibee.credit or qiibee.debit, not %s', place, coalesce(left(kind, 60), 'nothing')),
                                jsonb_build_object('field', place || '.kind'));
     END IF;
     PERFORM indexer.only_keys(given, ARRAY['kind', 'chainId', 'factory', 'issuer', 'holder', 'loyaltyId', 'amount', 'expiresAt', 'deadline', 'nonce', 'operationHash', 'match'], place);
@@ -283,10 +343,11 @@ BEGIN
                 (SELECT jsonb_agg(key ORDER BY key) FROM jsonb_object_keys(normal || known.request) AS key WHERE normal -> key IS DISTINCT FROM known.request -> key)));
     END IF;
     BEGIN
-        INSERT INTO indexer.leg (operation_id, leg, kind, match, chain_id, factory, issuer, holder, loyalty_id, bucket, amount, deadline, nonce, operation_hash, requested_at)
+        INSERT INTO indexer.leg (operation_id, leg, kind, match, chain_id, factory, issuer, holder, loyalty_id, bucket, amount, deadline, nonce, operation_hash, requested_at, wallet_id, token)
         SELECT new_id, n - 1, l ->> 'kind', l ->> 'match', (l ->> 'chainId')::bigint, decode(substr(l ->> 'factory', 3), 'hex'), decode(substr(l ->> 'issuer', 3), 'hex'),
                decode(substr(l ->> 'holder', 3), 'hex'), decode(substr(l ->> 'loyaltyId', 3), 'hex'), (l ->> 'expiresAt')::numeric, (l ->> 'amount')::numeric,
-               (l ->> 'deadline')::numeric, decode(substr(l ->> 'nonce', 3), 'hex'), decode(substr(l ->> 'operationHash', 3), 'hex'), coalesce(requested, clock_timestamp())
+               (l ->> 'deadline')::numeric, decode(substr(l ->> 'nonce', 3), 'hex'), decode(substr(l ->> 'operationHash', 3), 'hex'),
+               coalesce((l ->> 'requestedAt')::timestamptz, requested, clock_timestamp()), l ->> 'walletId', l ->> 'token'
         FROM jsonb_array_elements(legs) WITH ORDINALITY AS given (l, n);
     EXCEPTION WHEN unique_violation THEN
         -- leg_nonce_idx: one signed action, one open leg

@@ -24,7 +24,8 @@ REVOKE INSERT, DELETE ON indexer.instance FROM loyalty_daemon;
 
 GRANT USAGE ON SCHEMA loyalty TO loyalty_reader, loyalty_brand;
 GRANT SELECT ON loyalty.operations, loyalty.pending_fulfilments, loyalty.settlements, loyalty.exposures, loyalty.unmatched,
-    loyalty.programs, loyalty.issuances, loyalty.redemptions, loyalty.transfers, loyalty.balances, loyalty.signals, loyalty.sync_status
+    loyalty.programs, loyalty.issuances, loyalty.redemptions, loyalty.transfers, loyalty.balances, loyalty.partner_orders,
+    loyalty.signals, loyalty.sync_status
     TO loyalty_reader, loyalty_brand;
 GRANT EXECUTE ON FUNCTION loyalty.balances_of(text) TO loyalty_reader, loyalty_brand;
 GRANT EXECUTE ON FUNCTION

@@ -116,36 +116,52 @@ CREATE OR REPLACE VIEW loyalty.settlements WITH (security_barrier) AS
            c.chain_id, c.block_number, '0x' || encode(c.block_hash, 'hex') AS block_hash,
            to_timestamp(m.block_time_ms / 1000.0) AS block_time, '0x' || encode(m.tx_hash, 'hex') AS tx_hash, c.log_index,
            '0x' || encode(m.issuer, 'hex') AS issuer, '0x' || encode(m.loyalty_id, 'hex') AS loyalty_id,
-           '0x' || encode(m.holder, 'hex') AS holder, m.bucket, m.amount
+           '0x' || encode(m.holder, 'hex') AS holder, m.bucket, m.amount,
+           'loyfin'::text AS provider, NULL::text AS record_id, NULL::text AS wallet_id, NULL::text AS token, NULL::text AS network
     FROM indexer.claim c
     JOIN indexer.operation o ON o.id = c.operation_id
     JOIN indexer.chain h ON h.chain_id = c.chain_id
     JOIN indexer.movement m ON m.chain_id = c.chain_id AND m.block_number = c.block_number AND m.log_index = c.log_index
                            AND m.block_hash = c.block_hash AND m.canonical
+    WHERE o.brand = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v))
+    UNION ALL
+    SELECT c.operation_id, o.brand, o.reference, c.leg, t.kind, c.evidence_id, c.basis, c.ambiguous, c.final, c.claimed_at,
+           (SELECT e ->> 'confidence' FROM jsonb_array_elements(o.detail -> 'evidence') AS e WHERE (e ->> 'leg')::int = c.leg LIMIT 1),
+           c.chain_id, coalesce(c.block_number, CASE WHEN t.block_number < 9223372036854775808 THEN t.block_number::bigint END),
+           '0x' || encode(c.block_hash, 'hex'), to_timestamp(coalesce(t.time_ms / 1000.0, extract(epoch FROM t.first_seen_at))),
+           t.tx_hash, NULL, NULL, NULL, NULL, NULL, t.amount, t.partner, t.record_id, t.wallet, t.token, t.network
+    FROM indexer.claim c
+    JOIN indexer.operation o ON o.id = c.operation_id
+    JOIN indexer.partner_transfer t ON t.id = c.evidence_id
     WHERE o.brand = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v));
 COMMENT ON VIEW loyalty.settlements IS 'Which evidence settles which leg: one to one.';
 COMMENT ON COLUMN loyalty.settlements.operation_id IS 'The operation';
 COMMENT ON COLUMN loyalty.settlements.brand IS 'Whose operation it is';
 COMMENT ON COLUMN loyalty.settlements.reference IS 'The brand''s own name for it';
 COMMENT ON COLUMN loyalty.settlements.leg IS 'Position of the leg in the operation, from 0';
-COMMENT ON COLUMN loyalty.settlements.kind IS 'loyfin.issuance or loyfin.redemption';
+COMMENT ON COLUMN loyalty.settlements.kind IS 'loyfin.issuance, loyfin.redemption, keyban.mint, keyban.burn, qiibee.credit or qiibee.debit';
 COMMENT ON COLUMN loyalty.settlements.evidence_id IS 'Identity of the evidence, whatever block it is in';
 COMMENT ON COLUMN loyalty.settlements.basis IS 'Why they belong together: nonce, operation_hash, wallet_amount or decision';
 COMMENT ON COLUMN loyalty.settlements.ambiguous IS 'There were several candidates, and the rules chose';
 COMMENT ON COLUMN loyalty.settlements.final IS 'A ready has left on it';
 COMMENT ON COLUMN loyalty.settlements.claimed_at IS 'When the pairing was made';
-COMMENT ON COLUMN loyalty.settlements.confidence IS 'included, safe or finalized: where the block is now';
-COMMENT ON COLUMN loyalty.settlements.chain_id IS 'Chain of the evidence';
-COMMENT ON COLUMN loyalty.settlements.block_number IS 'Block of the evidence';
+COMMENT ON COLUMN loyalty.settlements.confidence IS 'included, safe or finalized: where the evidence stands now; null while a partner''s transfer is not found on its chain';
+COMMENT ON COLUMN loyalty.settlements.chain_id IS 'Chain of the evidence; null on a ledger that is not followed here';
+COMMENT ON COLUMN loyalty.settlements.block_number IS 'Block of the evidence, or its place on the partner''s ledger';
 COMMENT ON COLUMN loyalty.settlements.block_hash IS 'Hash of that block, 0x text';
-COMMENT ON COLUMN loyalty.settlements.block_time IS 'Time of that block';
-COMMENT ON COLUMN loyalty.settlements.tx_hash IS 'Transaction of the evidence, 0x text';
+COMMENT ON COLUMN loyalty.settlements.block_time IS 'Time of that block, or of the partner''s record';
+COMMENT ON COLUMN loyalty.settlements.tx_hash IS 'Transaction of the evidence: 0x text, or as the partner spells it';
 COMMENT ON COLUMN loyalty.settlements.log_index IS 'Position of the log in its block';
 COMMENT ON COLUMN loyalty.settlements.issuer IS 'Issuer in the event, 0x text';
 COMMENT ON COLUMN loyalty.settlements.loyalty_id IS 'Programme in the event, 0x text';
 COMMENT ON COLUMN loyalty.settlements.holder IS 'Wallet in the event, 0x text';
 COMMENT ON COLUMN loyalty.settlements.bucket IS 'Expiry bucket: Unix seconds, 0 never expires';
 COMMENT ON COLUMN loyalty.settlements.amount IS 'Points moved';
+COMMENT ON COLUMN loyalty.settlements.provider IS 'Whose ledger or records: loyfin, keyban or qiibee';
+COMMENT ON COLUMN loyalty.settlements.record_id IS 'The partner''s own id of its record; null for loyfin';
+COMMENT ON COLUMN loyalty.settlements.wallet_id IS 'Wallet or user at the partner; null for loyfin';
+COMMENT ON COLUMN loyalty.settlements.token IS 'The partner''s id of the token, where it has one';
+COMMENT ON COLUMN loyalty.settlements.network IS 'The partner''s name of the network';
 
 CREATE OR REPLACE VIEW loyalty.exposures WITH (security_barrier) AS
     SELECT o.id AS operation_id, o.brand, o.reference, o.state AS status, o.state_at AS status_at, o.generation,
@@ -179,7 +195,8 @@ CREATE OR REPLACE VIEW loyalty.unmatched WITH (security_barrier) AS
            '0x' || encode(m.nonce, 'hex') AS nonce, '0x' || encode(m.operation_hash, 'hex') AS operation_hash,
            CASE WHEN m.block_number <= h.finalized_number THEN 'finalized' WHEN m.block_number <= h.safe_number THEN 'safe'
                 ELSE 'included' END AS confidence,
-           to_timestamp(m.block_time_ms / 1000.0) < b.unmatched_since AS before_unmatched_since
+           to_timestamp(m.block_time_ms / 1000.0) < b.unmatched_since AS before_unmatched_since,
+           'loyfin'::text AS provider, NULL::text AS record_id, NULL::text AS wallet_id, NULL::text AS token, false AS undated
     FROM indexer.movement m
     JOIN indexer.issuer i ON i.address = m.issuer
     JOIN indexer.brand b ON b.name = i.brand
@@ -187,10 +204,20 @@ CREATE OR REPLACE VIEW loyalty.unmatched WITH (security_barrier) AS
     WHERE m.canonical AND NOT EXISTS (
         SELECT 1 FROM indexer.claim c -- claim_log_idx
         WHERE c.chain_id = m.chain_id AND c.block_number = m.block_number AND c.log_index = m.log_index AND c.block_hash = m.block_hash)
+      AND b.name = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v))
+    UNION ALL
+    SELECT t.brand, t.kind, t.chain_id, CASE WHEN t.block_number < 9223372036854775808 THEN t.block_number::bigint END, NULL,
+           to_timestamp(coalesce(t.time_ms / 1000.0, extract(epoch FROM t.first_seen_at))), t.tx_hash, NULL, NULL, NULL, NULL, NULL, NULL,
+           t.amount, NULL, NULL, t.status, coalesce(to_timestamp(t.time_ms / 1000.0), t.first_seen_at) < b.unmatched_since,
+           t.partner, t.record_id, t.wallet, t.token, t.undated
+    FROM indexer.partner_transfer t
+    JOIN indexer.brand b ON b.name = t.brand
+    WHERE t.status IN ('included', 'succeeded') AND t.withdrawn_at IS NULL AND NOT EXISTS (
+        SELECT 1 FROM indexer.claim c WHERE c.evidence_id = t.id) -- claim_evidence_id_key
       AND b.name = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v));
-COMMENT ON VIEW loyalty.unmatched IS 'Issues and redemptions of the brands'' issuers that settle no operation, history included.';
+COMMENT ON VIEW loyalty.unmatched IS 'Issues and redemptions of the brands'' issuers, and transfers in their partners'' records, that settle no operation, history included.';
 COMMENT ON COLUMN loyalty.unmatched.brand IS 'Brand of the issuer';
-COMMENT ON COLUMN loyalty.unmatched.kind IS 'loyfin.issuance or loyfin.redemption';
+COMMENT ON COLUMN loyalty.unmatched.kind IS 'loyfin.issuance, loyfin.redemption, keyban.mint, keyban.burn, qiibee.credit or qiibee.debit';
 COMMENT ON COLUMN loyalty.unmatched.chain_id IS 'Chain of the event';
 COMMENT ON COLUMN loyalty.unmatched.block_number IS 'Block of the event';
 COMMENT ON COLUMN loyalty.unmatched.block_hash IS 'Hash of that block, 0x text';
@@ -205,8 +232,48 @@ COMMENT ON COLUMN loyalty.unmatched.bucket IS 'Expiry bucket: Unix seconds, 0 ne
 COMMENT ON COLUMN loyalty.unmatched.amount IS 'Points moved';
 COMMENT ON COLUMN loyalty.unmatched.nonce IS 'Nonce of the signed action, 0x text';
 COMMENT ON COLUMN loyalty.unmatched.operation_hash IS 'The brand''s correlation hash, 0x text; null when zero';
-COMMENT ON COLUMN loyalty.unmatched.confidence IS 'included, safe or finalized: where the block is now';
+COMMENT ON COLUMN loyalty.unmatched.confidence IS 'included, safe or finalized: where the block is now; of a partner''s record included or succeeded, its own word';
 COMMENT ON COLUMN loyalty.unmatched.before_unmatched_since IS 'Older than the brand''s unmatched_since: never signalled';
+COMMENT ON COLUMN loyalty.unmatched.provider IS 'Whose ledger or records: loyfin, keyban or qiibee';
+COMMENT ON COLUMN loyalty.unmatched.record_id IS 'The partner''s own id of its record; null for loyfin';
+COMMENT ON COLUMN loyalty.unmatched.wallet_id IS 'Wallet or user at the partner; null for loyfin';
+COMMENT ON COLUMN loyalty.unmatched.token IS 'The partner''s id of the token, where it has one';
+COMMENT ON COLUMN loyalty.unmatched.undated IS 'Without a time of its own and there at the first look: never signalled, settles by decision alone';
+
+-- ------------------------------------------------------------------------------------------------ partners
+
+CREATE OR REPLACE VIEW loyalty.partner_orders WITH (security_barrier) AS
+    SELECT t.brand, t.partner AS provider, t.kind, t.record_id, t.wallet AS wallet_id, t.token, t.amount, t.amount_text, t.status,
+           t.network, t.chain_id, t.block_number, t.tx_hash, to_timestamp(t.time_ms / 1000.0) AS record_time, t.undated,
+           t.first_seen_at, t.settled_at, t.withdrawn_at, t.id AS evidence_id, c.operation_id, c.leg, c.ambiguous
+    FROM indexer.partner_transfer t
+    LEFT JOIN indexer.claim c ON c.evidence_id = t.id -- claim_evidence_id_key
+    WHERE t.brand = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v));
+COMMENT ON VIEW loyalty.partner_orders IS 'What the partners'' records say: Keyban orders and qiibee transactions, each with the leg that it settles.';
+COMMENT ON COLUMN loyalty.partner_orders.brand IS 'Whose account at the partner';
+COMMENT ON COLUMN loyalty.partner_orders.provider IS 'keyban or qiibee';
+COMMENT ON COLUMN loyalty.partner_orders.kind IS 'keyban.mint, keyban.burn, qiibee.credit or qiibee.debit';
+COMMENT ON COLUMN loyalty.partner_orders.record_id IS 'The partner''s own id of the order or transaction';
+COMMENT ON COLUMN loyalty.partner_orders.wallet_id IS 'Wallet or user at the partner';
+COMMENT ON COLUMN loyalty.partner_orders.token IS 'The partner''s id of the token, where it has one';
+COMMENT ON COLUMN loyalty.partner_orders.amount IS 'Base units; null while it is not known';
+COMMENT ON COLUMN loyalty.partner_orders.amount_text IS 'The amount as received';
+COMMENT ON COLUMN loyalty.partner_orders.status IS 'pending, included, succeeded or failed';
+COMMENT ON COLUMN loyalty.partner_orders.network IS 'The partner''s name of the network';
+COMMENT ON COLUMN loyalty.partner_orders.chain_id IS 'The chain, where it is one that is followed here';
+COMMENT ON COLUMN loyalty.partner_orders.block_number IS 'Its place on the ledger, in the partner''s words';
+COMMENT ON COLUMN loyalty.partner_orders.tx_hash IS 'Its transaction, in the partner''s spelling';
+COMMENT ON COLUMN loyalty.partner_orders.record_time IS 'The record''s own time; null when it has none';
+COMMENT ON COLUMN loyalty.partner_orders.undated IS 'Without a time of its own and there at the first look: settles by decision alone';
+COMMENT ON COLUMN loyalty.partner_orders.first_seen_at IS 'When it was first read';
+COMMENT ON COLUMN loyalty.partner_orders.settled_at IS 'Since when it has been on the ledger unchanged';
+COMMENT ON COLUMN loyalty.partner_orders.withdrawn_at IS 'When it had been missing from two full sweeps; null while it is there';
+COMMENT ON COLUMN loyalty.partner_orders.evidence_id IS 'Its identity as evidence: what `operations resolve` names';
+COMMENT ON COLUMN loyalty.partner_orders.operation_id IS 'The operation that it settles; null for none';
+COMMENT ON COLUMN loyalty.partner_orders.leg IS 'Position of that leg, from 0';
+COMMENT ON COLUMN loyalty.partner_orders.ambiguous IS 'There were several candidates, and the rules chose';
+
+-- ------------------------------------------------------------------------------------------------ chain facts, continued
 
 CREATE OR REPLACE VIEW loyalty.programs WITH (security_barrier) AS
     SELECT DISTINCT ON (p.chain_id, p.loyalty)

@@ -1,0 +1,181 @@
+"""What every poller of an account does alike: count what is odd, keep its health in the store, wake the reconciler.
+
+Promises that each kind of oddity moves a counter of its own, and that a partner's failure is told once, not at every attempt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import asyncpg
+import structlog
+
+from indexer.partners.client import Client, Clock
+from indexer.partners.reading import Drift, alike, completed, storable
+from indexer.store import partner_accounts as accounts
+from indexer.store import partners as store
+from indexer.store.leases import Lease
+from indexer.store.partner_accounts import Account
+from indexer.store.partners import Current, RecordRow, Stored, TransferRow
+from indexer.store.wakeups import Wakeups
+from indexer.telemetry import Metrics
+
+HEALTH_SECONDS: Final = 30.0  # between writings of a health that did not change
+CLOCK_SKEW_MS: Final = 10_000  # ahead of our clock: more is told; nothing relies on it
+
+log = structlog.get_logger(__name__)
+
+#: What is odd in a partner's answers: the label of one counter.
+Oddity = Literal[
+    "page_drift",  # pages moved while they were read, and were read again (F111)
+    "duplicate",  # one record twice in a page (F112)
+    "disorder",  # not in the order that is promised (F112)
+    "late",  # a record that is older than a look that did not show it (F112)
+    "changed",  # a record says something else than before (F113)
+    "unsettled",  # … and its evidence does not count any more, or elsewhere (F113)
+    "type",  # a number as a string, or the other way round (F114)
+    "missing_field",  # a field that was there before (F114)
+    "unknown_word",  # of an enumeration (F114)
+    "unreadable",  # a value that is none (F114)
+    "quarantined",  # a row, or an answer, that cannot be used at all (F114)
+    "clock_skew",  # a record from the future (F115)
+    "empty_list",  # nothing, where something was (F116)
+    "missing",  # a record that a full sweep lacked (F118)
+    "withdrawn",  # … and the second one too (F118)
+    "returned",  # a record that had been missing (F118)
+    "difference",  # Loyfin's API and the chain do not say the same
+]
+_OF_DRIFT: Final[dict[str, Oddity]] = {
+    "type": "type",
+    "missing": "missing_field",
+    "word": "unknown_word",
+    "unreadable": "unreadable",
+}
+
+
+@dataclass(slots=True)
+class Desk:
+    """One account's poller at work under its lease: where it asks, writes and counts."""
+
+    account: Account
+    client: Client
+    lease: Lease
+    wakeups: Wakeups
+    metrics: Metrics
+    clock: Clock
+    _health: tuple[str | None, str | None] | None = None
+    _health_at: float = 0.0
+    _ahead: float = 0.0  # the database's clock less ours, seconds
+    told: set[str] = field(default_factory=set)
+
+    def count(self, oddity: Oddity, times: int = 1) -> None:
+        if times:
+            self.metrics.partner_oddities.labels(*self.account, oddity).inc(times)
+
+    def count_drift(self, drift: Drift) -> None:
+        for kind, times in drift.items():
+            self.count(_OF_DRIFT[kind], times)
+
+    def count_stored(self, stored: Stored) -> None:
+        self.count("changed", stored.changed)
+        self.count("unsettled", stored.unsettled)
+        self.count("missing", stored.missing)
+        self.count("withdrawn", stored.withdrawn)
+        self.count("returned", stored.returned)
+        if stored.unsettled:
+            log.warning("evidence changed or is gone", **self._who, records=stored.unsettled)
+
+    def quarantine(self, why: str) -> None:
+        """A row that cannot be used: counted, and each reason told once."""
+        self.count("quarantined")
+        if why not in self.told and len(self.told) < 1000:
+            self.told.add(why)
+            log.warning("a record cannot be used", **self._who, reason=why)
+
+    @property
+    def _who(self) -> dict[str, str]:
+        return {"partner": self.account.partner, "brand": self.account.brand}
+
+    # ---------------------------------------------------------------- time
+
+    @property
+    def wall(self) -> float:
+        """Unix seconds by the database's clock, as near as we know it."""
+        return self.clock.wall() + self._ahead
+
+    def of_wall(self, then: float) -> float:
+        """A Unix time of the database as one of the schedule's clock."""
+        return self.clock.now() - (self.wall - then)
+
+    async def set_clock(self, conn: asyncpg.Connection) -> None:
+        self._ahead = await accounts.clock(conn) - self.clock.wall()
+
+    # ---------------------------------------------------------------- the store
+
+    @asynccontextmanager
+    async def writing(self) -> AsyncIterator[tuple[asyncpg.Connection, Stored]]:
+        """A leased transaction; what it adds to the Stored is touched before it commits, counted and told after."""
+        stored = Stored()
+        async with self.lease.transaction() as conn:
+            yield conn, stored
+            await store.touch_partner_legs(conn, self.account.brand, stored.touched)
+        if stored.touched:
+            self.wakeups.poke("facts")
+        self.count_stored(stored)
+
+    async def note_health(self) -> None:
+        """Writes how the account fares where that changed, or was written long ago."""
+        health = self.client.health
+        now, state = self.clock.now(), (health.problem, health.refused)
+        if self._health == state and now - self._health_at < HEALTH_SECONDS:
+            return
+        if self._health is None or state != self._health:
+            if health.refused is not None:
+                log.error("the partner does not accept the key", **self._who, reason=health.refused)
+            elif health.problem is not None:
+                log.warning("the partner does not answer well", **self._who, reason=health.problem)
+            elif self._health is not None:
+                log.info("the partner answers again", **self._who)
+        ago = None if health.answered_at is None else max(0.0, self.clock.wall() - health.answered_at)
+        async with self.lease.transaction() as conn:
+            await accounts.note_health(conn, self.account, *state, ago)
+        self.metrics.partner_refused.labels(*self.account).set(health.refused is not None)
+        self._health, self._health_at = state, now
+
+    def record(
+        self,
+        record_id: str,
+        raw: Any,
+        known: Current | None,
+        wallet: str,
+        scope: str | None,
+        read: Callable[[Any, Drift], tuple[int | None, tuple[TransferRow, ...]]],
+    ) -> RecordRow:
+        """One row of a listing beside what is stored of it; without evidence, and counted, where nothing can be made of it.
+
+        `read` gives the record's own time and the evidence in it. Drift counts where a record is new or says something new,
+        not at every look.
+        """
+        drift: Drift = Drift()
+        received = storable(raw)
+        document = received if known is None else completed(received, known.raw, drift)
+        news = known is None or not alike(document, known.raw)
+        time_ms: int | None = None
+        transfers: tuple[TransferRow, ...] = ()
+        try:
+            time_ms, transfers = read(document, Drift())
+        except ValueError as why:
+            self.quarantine(str(why))
+        if known is None or received != known.raw:  # else it was counted when it came
+            with suppress(ValueError):
+                read(raw, drift)
+        self.count_drift(drift)
+        if news and time_ms is not None and time_ms > self.wall * 1000 + CLOCK_SKEW_MS:
+            self.count("clock_skew")
+        version = None if not news else known.version + 1 if known is not None else 1
+        return RecordRow(
+            record_id, version, document, known.wallet if known is not None else wallet, time_ms, transfers, scope
+        )

@@ -1,0 +1,351 @@
+"""One client for every partner: GET a JSON document, at a pace that all pollers of one key share.
+
+Promises a document or a named error that says what came instead, in words that hold neither the key nor a person's name;
+bodies and times are capped, redirects not followed. What a document means is left to the pollers, and so is asking again
+later: here a request is repeated twice at most.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from email.utils import parsedate_to_datetime
+from random import Random
+from typing import Any, ClassVar, Final
+
+import msgspec
+
+from indexer.partners.exchange import Exchange, Reply, Unanswered
+from indexer.telemetry import redact
+
+ATTEMPTS: Final = 3  # of one request; then its poller decides
+LONGEST_QUIET: Final = 3600.0  # seconds, whatever a Retry-After says
+LONGEST_WAIT: Final = 30.0  # seconds that a request waits for its turn before it says so instead
+BACKOFF: Final = 60.0  # seconds, the longest pause that we choose ourselves
+PROBE: Final = 300.0  # seconds between looks whether a refused key is accepted again
+
+#: (endpoint, outcome, seconds) of every request.
+Observe = Callable[[str, str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Time for pollers. `now` in seconds of a clock that only goes forward, `wall` in Unix seconds."""
+
+    now: Callable[[], float] = lambda: asyncio.get_running_loop().time()
+    wall: Callable[[], float] = time.time
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+class PartnerError(Exception):
+    """A partner's API did not give what was asked for. `outcome` is the word that metrics count it by."""
+
+    explains_itself: ClassVar[bool] = True
+
+    def __init__(self, who: str, endpoint: str, outcome: str, detail: str, status: int | None = None) -> None:
+        said = f"HTTP {status}: {detail}" if status is not None else detail
+        super().__init__(f"{who}, {endpoint}: {said}")
+        self.endpoint, self.outcome, self.status = endpoint, outcome, status
+
+
+class Unavailable(PartnerError):
+    """It failed, was not reached, or answered something that is no document: the same request may work later."""
+
+
+class Limited(PartnerError):
+    """It asks for quiet, for `retry_after` seconds where it says so."""
+
+    retry_after: float | None = None
+
+
+class Refused(PartnerError):
+    """400, 404, 409, 422 and their like: the same request will be refused again."""
+
+
+class Denied(PartnerError):
+    """401 or 403: the key is not accepted. Nobody asks with it again but for a probe every few minutes."""
+
+
+# ------------------------------------------------------------------------------------------------ pace
+
+
+@dataclass(slots=True)
+class Refusal:
+    """Since when a key is refused, and when it may be tried again."""
+
+    status: int
+    since: float
+    probe_at: float
+
+
+class Credential:
+    """What all pollers of one key share: the pace, the quiet that was asked for, and whether it is accepted.
+
+    Requests are `1 / rate` seconds apart at least, without bursts; who asked first goes first.
+    """
+
+    def __init__(self, rate: float, clock: Clock, rng: Random) -> None:
+        self.rate, self._clock, self._rng = rate, clock, rng
+        self._next = 0.0
+        self._quiet_until = 0.0
+        self._failures = 0  # requests in a row that failed for good, or were told to wait
+        self._refused: dict[str, Refusal] = {}  # by endpoint; "" is every one
+
+    @property
+    def quiet(self) -> float:
+        """Seconds for which nothing will be asked."""
+        return max(0.0, self._quiet_until - self._clock.now())
+
+    @property
+    def refused(self) -> Refusal | None:
+        """What stops the key as a whole, or one endpoint of it."""
+        return next(iter(self._refused.values()), None)
+
+    def slower(self, rate: float) -> None:
+        """Another account with the same key: the lower pace counts."""
+        self.rate = min(self.rate, rate)
+
+    async def turn(self, endpoint: str) -> float | None:
+        """Waits for a place. Answers seconds of quiet instead where those are too long to wait for."""
+        while True:
+            now = self._clock.now()
+            at = max(now, self._next)
+            if self._quiet_until > at:
+                if self._quiet_until - now > LONGEST_WAIT:
+                    return self._quiet_until - now
+                at = self._quiet_until
+            self._next = at + 1 / self.rate
+            if at > now:
+                await self._clock.sleep(at - now)
+            if self._quiet_until <= self._clock.now():  # else somebody was told meanwhile to be quiet
+                return None
+
+    def stopped(self, endpoint: str) -> Refusal | None:
+        """The refusal that forbids a request now. The first to ask after `PROBE` seconds is let through."""
+        now = self._clock.now()
+        for scope in ("", endpoint):
+            refusal = self._refused.get(scope)
+            if refusal is not None:
+                if now < refusal.probe_at:
+                    return refusal
+                refusal.probe_at = now + PROBE
+        return None
+
+    def worked(self, endpoint: str) -> bool:
+        """A usable answer. True when the key had been refused before."""
+        self._failures = 0
+        was = [self._refused.pop(scope, None) for scope in ("", endpoint)]
+        return any(was)
+
+    def denied(self, endpoint: str, status: int) -> bool:
+        """True when this is news. 401 speaks of the key, 403 of what it may read."""
+        scope = "" if status == 401 else endpoint
+        now = self._clock.now()
+        news = scope not in self._refused
+        since = now if news else self._refused[scope].since
+        self._refused[scope] = Refusal(status, since, now + PROBE)
+        return news
+
+    def limited(self, retry_after: float | None) -> None:
+        """Everyone keeps quiet: as long as was asked for, else longer each time."""
+        if retry_after is None:
+            self.failed(at_least=1.0)
+            return
+        wait = min(retry_after, LONGEST_QUIET) * (1 + self._rng.random() / 10)  # so that not all come at once
+        self._quiet_until = max(self._quiet_until, self._clock.now() + wait)
+
+    def failed(self, at_least: float = 0.0) -> None:
+        self._failures += 1
+        wait = max(at_least, self.backoff(self._failures))
+        self._quiet_until = max(self._quiet_until, self._clock.now() + wait)
+
+    def backoff(self, failures: int) -> float:
+        """Seconds, doubling and spread over their upper half."""
+        longest: float = min(BACKOFF, 2.0 ** min(failures - 1, 10))
+        return longest * (0.5 + self._rng.random() / 2)
+
+
+# ------------------------------------------------------------------------------------------------ the client
+
+
+@dataclass(slots=True)
+class Health:
+    """How the account fares, for its row in the store and for the log."""
+
+    problem: str | None = None
+    refused: str | None = None
+    answered_at: float | None = None  # Unix seconds of the last usable answer
+    told: set[str] = field(default_factory=set)
+
+
+class Client:
+    """One account at a partner. `who` names it in errors (`keyban account of bloom`), `secrets` never appear in them."""
+
+    def __init__(
+        self,
+        who: str,
+        exchange: Exchange,
+        credential: Credential,
+        *,
+        clock: Clock,
+        rng: Random,
+        observe: Observe,
+        secrets: tuple[str, ...] = (),
+        attempts: int = ATTEMPTS,
+    ) -> None:
+        self.who, self.credential, self.health = who, credential, Health()
+        self._exchange, self._clock, self._rng = exchange, clock, rng
+        self._observe, self._secrets, self._attempts = observe, secrets, attempts
+
+    async def get(self, endpoint: str, path: str, params: Mapping[str, str] | None = None) -> Any:
+        """The JSON document at `path`; fractions come as Decimal. `endpoint` is a word of ours for metrics.
+
+        Raises Unavailable, Limited, Refused, Denied.
+        """
+        attempt = 1
+        while True:
+            try:
+                document = await self._once(endpoint, path, params or {})
+            except Unavailable:
+                if attempt == self._attempts:
+                    self.credential.failed()
+                    raise
+                await self._clock.sleep(self.credential.backoff(attempt))
+            except Limited:
+                if attempt == self._attempts:
+                    raise
+            else:
+                return document
+            attempt += 1
+
+    async def _once(self, endpoint: str, path: str, params: Mapping[str, str]) -> Any:
+        if (refusal := self.credential.stopped(endpoint)) is not None:
+            raise self._noted(
+                Denied(self.who, endpoint, "stopped", "the key was refused and is not used", refusal.status)
+            )
+        if (quiet := await self.credential.turn(endpoint)) is not None:
+            self.health.problem = f"it asked for quiet, for another {quiet:.0f} s"
+            limited = Limited(self.who, endpoint, "quiet", self.health.problem)
+            limited.retry_after = quiet
+            raise limited
+        started, outcome = self._clock.now(), "cancelled"
+        try:
+            document = self._read(endpoint, await self._exchange.get(path, params))
+            outcome = "ok"
+        except Unanswered as why:
+            outcome = why.outcome
+            raise self._noted(Unavailable(self.who, endpoint, outcome, str(why))) from None
+        except PartnerError as error:
+            outcome = error.outcome
+            raise self._noted(error) from None
+        finally:
+            self._observe(endpoint, outcome, self._clock.now() - started)
+        self.credential.worked(endpoint)
+        self.health.problem = self.health.refused = None
+        self.health.answered_at = self._clock.wall()
+        return document
+
+    def _noted(self, error: PartnerError) -> PartnerError:
+        self.health.problem = str(error)
+        if isinstance(error, Denied):
+            self.health.refused = str(error)
+        return error
+
+    def _read(self, endpoint: str, reply: Reply) -> Any:
+        status = reply.status
+        if 200 <= status < 300:
+            try:
+                return _DECODER.decode(reply.body)
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+                said = self._said(reply) or "an empty body"
+                raise Unavailable(
+                    self.who, endpoint, "not_json", f"no JSON but {_kind(reply)}: {said}", status
+                ) from None
+        said = self._said(reply) or "no words"
+        if status in (401, 403):
+            self.credential.denied(endpoint, status)
+            raise Denied(self.who, endpoint, "denied", f"the key is not accepted: {said}", status)
+        if status == 429:
+            limited = Limited(self.who, endpoint, "rate_limited", said, status)
+            limited.retry_after = self._retry_after(reply)
+            self.credential.limited(limited.retry_after)
+            raise limited
+        if status >= 500 or status == 408:
+            if (wait := self._retry_after(reply)) is not None:
+                self.credential.limited(wait)
+            raise Unavailable(self.who, endpoint, "server_error", said, status)
+        if 300 <= status < 400:
+            raise Refused(
+                self.who, endpoint, "redirect", "it redirects, which is not followed: correct the url", status
+            )
+        raise Refused(self.who, endpoint, "not_found" if status == 404 else "refused", said, status)
+
+    def _retry_after(self, reply: Reply) -> float | None:
+        return retry_after(reply.headers.get("Retry-After"), reply.headers.get("Date"), self._clock.wall())
+
+    def _said(self, reply: Reply) -> str:
+        """What a body says to people, short, without markup, secrets or mail addresses."""
+        words = problem_of(reply.body)
+        if words is None:
+            raw = reply.body[:20_000].decode(errors="replace")
+            if title := re.search(r"<title[^>]*>([^<]{1,200})", raw, re.IGNORECASE):
+                raw = title[1]
+            words = re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", raw, flags=re.DOTALL | re.IGNORECASE)
+        words = _MAIL.sub("…@…", redact(words, self._secrets))
+        words = " ".join("".join(c if c.isprintable() else " " for c in words).split())
+        return words if len(words) <= 200 else words[:199] + "…"
+
+
+_DECODER = msgspec.json.Decoder(float_hook=Decimal)
+_MAIL = re.compile(r"[^\s@\"'<>]{1,64}@[^\s@\"'<>]+")
+
+
+def _kind(reply: Reply) -> str:
+    kind = reply.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    return kind if re.fullmatch(r"[a-z0-9.+-]+/[a-z0-9.+-]+", kind) else "something of no type"
+
+
+def problem_of(body: bytes) -> str | None:
+    """The words of an error document, in any of the forms seen: RFC 9457, {message}, {error}, {errors}. None: it is none."""
+    try:
+        found = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    if isinstance(found, str):
+        return found
+    if not isinstance(found, dict):
+        return None
+    words = [found[key] for key in ("title", "detail", "message", "error") if isinstance(found.get(key), str)]
+    errors = found.get("errors")
+    for item in errors[:5] if isinstance(errors, list) else []:
+        if isinstance(item, str):
+            words.append(item)
+        elif isinstance(item, dict):
+            place, what = item.get("path") or item.get("field"), item.get("message") or item.get("code")
+            words.append(f"{place}: {what}" if place else str(what))
+    return "; ".join(dict.fromkeys(words)) or None
+
+
+def retry_after(value: str | None, date: str | None, wall: float) -> float | None:
+    """Seconds of a Retry-After header in both its forms: a number, or a date read against the server's own clock.
+
+    `wall`: Unix seconds by ours, where the server's is not known.
+    """
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            then = parsedate_to_datetime(value)
+            seconds = then.timestamp() - (parsedate_to_datetime(date).timestamp() if date else wall)
+        except (TypeError, ValueError):
+            return None
+    return min(max(0.0, seconds), LONGEST_QUIET) if seconds == seconds else None

@@ -1,0 +1,276 @@
+"""Loyfin's API: hints about signed actions that are under way or refused, and a cross-check of events that we hold.
+
+The chain decides: nothing here settles or ends anything, and everything else works with this off or dead. Promises that a
+difference between what the API and the chain say is counted and shown, and that no signature is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+
+from indexer.model.types import Address, BadValue, address, hash32, hex0x
+from indexer.partners.account import Desk
+from indexer.partners.client import Denied, Limited, PartnerError, Refused
+from indexer.partners.orders import Unusable
+from indexer.partners.reading import Drift, identifier, instant, storable, table, whole
+from indexer.partners.schedule import SLOWEST, pause
+from indexer.store import partner_accounts as accounts
+from indexer.store import partner_hints as hints
+from indexer.store import partners as store
+from indexer.store.partner_hints import HintRow, OwnEvent
+from indexer.store.partners import RecordRow
+
+LIMIT: Final = 100
+MOST_PAGES: Final = 50  # of one listing in one look
+STATUSES: Final = ("submitted", "rejected", "cancelled")
+WAIT: Final = 15.0
+CHECKED_AT_ONCE: Final = 10  # receipts compared in one look
+SHOWN: Final = 20  # differences that the account's row keeps
+_HINTS: Final = {
+    "pending": "pending",
+    "submitted": "submitted",
+    "mined": "mined",
+    "rejected": "rejected",
+    "cancelled": "rejected",
+    "canceled": "rejected",
+}
+_KINDS: Final = {"issuance": "loyfin.issuance", "redemption": "loyfin.redemption"}
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Cursored:
+    """One page: `next` None at the end."""
+
+    rows: Sequence[Any]
+    next: str | None
+
+
+def page_of(document: Any) -> Cursored:
+    """The rows of `{items, page: {nextCursor, hasMore}}`. Raises Unusable."""
+    rows = table(document).get("items")
+    if not isinstance(rows, list):
+        raise Unusable("an answer without a list in `items`")
+    page = table(table(document).get("page"))
+    cursor = identifier(page.get("nextCursor"))
+    return Cursored(rows, cursor if page.get("hasMore", cursor is not None) is not False else None)
+
+
+def hint_of(row: Any, drift: Drift) -> HintRow | None:
+    """A signed action; None for a status that nobody knows. Raises Unusable, BadValue."""
+    given = table(row)
+    record = identifier(given.get("id"))
+    if record is None:
+        raise Unusable("an operation without an id")
+    kind, status = _KINDS.get(str(given.get("kind"))), _HINTS.get(str(given.get("status")))
+    chain_id = whole(given.get("chainId"), drift)
+    if kind is None or status is None:
+        drift["word"] += 1
+        return None
+    if chain_id is None:
+        raise Unusable(f"operation {record[:60]} names no chain")
+    operation_hash = given.get("operationHash")
+    relay = given.get("relayTxHash")
+    found = hash32(operation_hash) if operation_hash is not None else None
+    return HintRow(
+        record_id=record,
+        chain_id=chain_id,
+        factory=address(given.get("verifyingContract"), "verifyingContract"),
+        kind=kind,
+        issuer=address(given.get("issuer"), "issuer"),
+        nonce=hash32(given.get("nonce"), "nonce"),
+        operation_hash=found if found is not None and any(found) else None,
+        status=status,
+        reason=_reason(given) if status == "rejected" else None,
+        relay_tx_hash=hash32(relay) if relay is not None else None,
+    )
+
+
+def _reason(row: Any) -> str | None:
+    """Why it was refused, from whichever field says so; a cancelled one says that."""
+    for key in ("reason", "rejectionReason", "error", "message"):
+        if isinstance(row.get(key), str) and row[key].strip():
+            return " ".join(row[key].split())[:200]
+    return "cancelled" if str(row.get("status")).startswith("cancel") else None
+
+
+def differences(kind: str, rows: Iterable[Any], ours: Sequence[OwnEvent], issuers: frozenset[Address]) -> list[str]:
+    """What the API's receipts of one operationHash say otherwise than the chain, in words. What it lacks is no difference."""
+    by_nonce = {(event.chain_id, event.nonce): event for event in ours if event.kind == kind}
+    found = []
+    for row in rows:
+        given, quiet = table(row), Drift()
+        try:
+            if address(given.get("issuer")) not in issuers:
+                continue
+            nonce, tx = hash32(given.get("nonce")), hash32(given.get("txHash"))
+        except BadValue as why:
+            found.append(f"a receipt that cannot be read: {why}")
+            continue
+        event = by_nonce.get((whole(given.get("chainId"), quiet) or 0, nonce))
+        if event is None:
+            found.append(f"{kind} with nonce {hex0x(nonce)} is in the API and not on the chain that we follow")
+            continue
+        theirs = {
+            "transaction": tx,
+            "block": whole(given.get("blockNumber"), quiet),
+            "log index": whole(given.get("logIndex"), quiet),
+            "amount": whole(given.get("amount"), quiet),
+        }
+        own = {
+            "transaction": event.tx_hash,
+            "block": event.block_number,
+            "log index": event.log_index,
+            "amount": event.amount,
+        }
+        for term, value in theirs.items():
+            if value is not None and value != own[term]:
+                found.append(
+                    f"{kind} with nonce {hex0x(nonce)}: {term} {_shown(value)} in the API, {_shown(own[term])} on the chain"
+                )
+    return found
+
+
+def _shown(value: object) -> str:
+    return hex0x(value) if isinstance(value, bytes) else str(value)
+
+
+class LoyfinPoller:
+    """One brand's issuers."""
+
+    def __init__(self, desk: Desk, issuers: Sequence[Address], poll: float) -> None:
+        self._desk, self._issuers, self._poll = desk, frozenset(issuers), poll
+        self._newest: float | None = None
+        self._filtered = True  # until the API refuses the status parameter
+        self._failures = 0
+
+    async def run(self) -> None:
+        """Until cancelled, or until the lease is lost."""
+        desk = self._desk
+        while True:
+            await self._refresh()
+            wait = self._pause()
+            try:
+                if self._newest is not None:
+                    await self.look()
+                await self.cross_check()
+                self._failures = 0
+            except (PartnerError, Unusable) as error:
+                self._failures += 1
+                if isinstance(error, Unusable):
+                    desk.quarantine(str(error))
+                    desk.client.health.problem = str(error)
+                if isinstance(error, Limited) and error.retry_after is not None:
+                    wait = error.retry_after
+                elif isinstance(error, Denied):
+                    wait = WAIT
+            await desk.note_health()
+            due = desk.clock.now() + min(SLOWEST, wait * 2 ** min(self._failures, 6))
+            earliest = desk.clock.now() + self._poll
+            while (left := due - desk.clock.now()) > 0:
+                if await desk.wakeups.wait("registered", min(left, WAIT)) and not self._failures:
+                    due = min(due, max(earliest, desk.clock.now()))
+
+    def _pause(self) -> float:
+        if self._newest is None:
+            return SLOWEST
+        return pause(self._poll, self._desk.clock.now() - self._newest)
+
+    async def _refresh(self) -> None:
+        desk = self._desk
+        async with desk.lease.transaction() as conn:
+            await desk.set_clock(conn)
+            waiting = await hints.open_actions(conn, desk.account.brand)
+        self._newest = max((desk.of_wall(action.registered) for action in waiting), default=None)
+
+    # ---------------------------------------------------------------- hints
+
+    async def look(self) -> None:
+        """Hints about the brand's actions into the store. Raises PartnerError, Unusable."""
+        for issuer in sorted(self._issuers):
+            if self._filtered:
+                try:
+                    for status in STATUSES:
+                        await self._listing({"issuer": hex0x(issuer), "status": status})
+                    continue
+                except Refused as refusal:
+                    if refusal.status not in (400, 422):
+                        raise
+                    self._filtered = False
+            await self._listing({"issuer": hex0x(issuer)})
+
+    async def _listing(self, question: dict[str, str]) -> None:
+        """Every page, stored as it comes: hints have no order that matters."""
+        cursor, seen = None, set[str]()
+        for _ in range(MOST_PAGES):
+            params = question | {"limit": str(LIMIT)} | ({"cursor": cursor} if cursor else {})
+            page = page_of(await self._desk.client.get("operations", "/operations", params))
+            await self._store(page.rows)
+            if page.next is None or page.next in seen or not page.rows:
+                if page.next in seen:
+                    self._desk.count("page_drift")
+                return
+            seen.add(page.next)
+            cursor = page.next
+
+    async def _store(self, rows: Sequence[Any]) -> None:
+        desk, drift = self._desk, Drift()
+        found: dict[str, tuple[HintRow, Any]] = {}
+        for row in rows:
+            try:
+                hint = hint_of(row, drift)
+            except (Unusable, BadValue) as why:
+                desk.quarantine(str(why))
+                continue
+            if hint is not None and hint.issuer in self._issuers:
+                if hint.record_id in found:
+                    desk.count("duplicate")
+                raw = {key: value for key, value in table(row).items() if key != "signature"}
+                found[hint.record_id] = (hint, raw)
+        async with desk.writing() as (conn, stored):
+            known = await store.current_records(conn, desk.account, found.keys())
+            records: list[RecordRow] = [
+                desk.record(
+                    record, raw, known.get(record), "", None, lambda row, d: (instant(row.get("createdAt"), d), ())
+                )
+                for record, (_, raw) in found.items()
+            ]
+            stored += await store.store_records(conn, desk.account, records)
+            news = {record.record_id for record in records if record.version is not None}
+            changed = await hints.store_hints(conn, desk.account, [h for key, (h, _) in found.items() if key in news])
+        if changed:
+            desk.wakeups.poke("facts")
+        if news:
+            desk.count_drift(drift)
+
+    # ---------------------------------------------------------------- the cross-check
+
+    async def cross_check(self) -> None:
+        """Receipts of operations that became ready, as the API has them, beside our own events."""
+        desk, brand = self._desk, self._desk.account.brand
+        async with desk.lease.transaction() as conn:
+            state = await accounts.account_state(conn, desk.account)
+            after = int(state.get("checked", 0))
+            hashes, reached = await hints.ready_hashes(conn, brand, after, CHECKED_AT_ONCE)
+        if reached == after:
+            return
+        told: list[str] = []
+        for kind, operation_hash in hashes:
+            endpoint = "issuances" if kind == "loyfin.issuance" else "redemptions"
+            params = {"operationHash": hex0x(operation_hash), "limit": str(LIMIT)}
+            page = page_of(await desk.client.get(endpoint, f"/{endpoint}", params))
+            async with desk.lease.transaction() as conn:
+                ours = await hints.own_events(conn, sorted(self._issuers), operation_hash)
+            told += differences(kind, page.rows, ours, self._issuers)
+        for difference in told:
+            desk.count("difference")
+            log.warning("Loyfin's API and the chain differ", brand=brand, difference=difference)
+        shown = [*state.get("differences", []), *({"at": int(desk.wall), "what": what} for what in told)][-SHOWN:]
+        async with desk.lease.transaction() as conn:
+            kept = {**state, "checked": reached, "differences": storable(shown)}
+            await accounts.save_state(conn, desk.account, kept)

@@ -1,0 +1,263 @@
+"""qiibee's transactions, polled: one listing for the whole account, newest first, read by offset while it grows.
+
+Promises that every look reads back until a whole page is known and at rest, and past what may still change; that sweeps with a
+fixed end compare everything in between; and that only what two of them lacked is withdrawn. What a row means is
+`transactions`' business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from indexer.partners.account import Desk
+from indexer.partners.client import Denied, Limited, PartnerError
+from indexer.partners.orders import Unusable
+from indexer.partners.reading import Drift
+from indexer.partners.schedule import SLOWEST, pause
+from indexer.partners.transactions import (
+    History,
+    history_of,
+    row_id,
+    row_time,
+    scrubbed,
+    transfers_of,
+)
+from indexer.store import partner_accounts as accounts
+from indexer.store import partners as store
+from indexer.store.connection import Connection
+
+LIMIT: Final = 100  # never more: what the API does with more is not stated
+OVERLAP: Final = 10  # rows that two pages share: rows of one second have no order
+WALKS: Final = 12  # of a range that keeps moving
+MOST_PAGES: Final = 20_000
+SWEEP_EVERY: Final = 600.0  # seconds between sweeps of the horizon, while something is open or was lately
+HORIZON: Final = 2 * 86_400.0  # seconds that a sweep reaches back, but for once a day, when it reads everything
+WHOLE_EVERY: Final = 86_400.0
+EMPTY_ALONE: Final = 21_600.0  # seconds until an empty account is believed, where there were rows
+RESTLESS: Final = 3600.0  # seconds for which every look reaches back to a row that may still change; then sweeps do
+WAIT: Final = 15.0
+GATHER: Final = 1.0  # seconds that registrations are gathered for
+
+
+@dataclass(slots=True)
+class Reading:
+    """Rows by id, scrubbed, each as it was read last."""
+
+    rows: dict[str, Any] = field(default_factory=dict)
+    whole: bool = False  # everything that the question asked for, as it stood at one time
+    total: int | None = None
+
+
+class QiibeePoller:
+    """One brand's account. `settle_after`: seconds for which a success must stand unchanged."""
+
+    def __init__(self, desk: Desk, poll: float, settle_after: float, *, sweep_every: float = SWEEP_EVERY) -> None:
+        self._desk, self._poll, self._keep, self._sweep_every = desk, poll, settle_after, sweep_every
+        self._newest: float | None = None  # registration of the youngest open leg, of the schedule's clock
+        self._failures = 0
+
+    async def run(self) -> None:
+        """Until cancelled, or until the lease is lost."""
+        desk = self._desk
+        while True:
+            await self._refresh()
+            try:
+                await self.look()
+                await self.sweep_if_due()
+                self._failures = 0
+            except (PartnerError, Unusable) as error:
+                self._failures += 1
+                if isinstance(error, Unusable):
+                    desk.quarantine(str(error))
+                    desk.client.health.problem = str(error)
+                wait = error.retry_after if isinstance(error, Limited) else None
+                due = desk.clock.now() + (wait or (WAIT if isinstance(error, Denied) else self._pause()))
+            else:
+                due = desk.clock.now() + self._pause()
+            await desk.note_health()
+            await self._wait_until(due)
+
+    def _pause(self) -> float:
+        now = self._desk.clock.now()
+        wait = SLOWEST if self._newest is None else pause(self._poll, now - self._newest)
+        return min(SLOWEST, wait * 2.0 ** min(self._failures, 6))
+
+    async def _wait_until(self, due: float) -> None:
+        """Sleeps; a registration brings the next look nearer, but not so near that many of them would spend the budget."""
+        desk = self._desk
+        earliest = desk.clock.now() + self._poll
+        while (left := due - desk.clock.now()) > 0:
+            if await desk.wakeups.wait("registered", min(left, WAIT)) and not self._failures:
+                await desk.clock.sleep(min(GATHER, left))
+                await self._refresh()
+                if self._newest is not None:
+                    due = min(due, max(earliest, desk.clock.now()))
+
+    async def _refresh(self) -> None:
+        desk = self._desk
+        async with desk.lease.transaction() as conn:
+            await desk.set_clock(conn)
+            waiting = await accounts.open_wallets(conn, desk.account)
+        self._newest = max((desk.of_wall(each.newest) for each in waiting), default=None)
+        desk.metrics.partner_wallets.labels(*desk.account).set(len(waiting))
+
+    # ---------------------------------------------------------------- looks
+
+    async def look(self) -> None:
+        """The newest rows: back until a whole page is known and at rest, and past the oldest that may still change."""
+        desk = self._desk
+        began = desk.wall
+        async with desk.lease.transaction() as conn:
+            state = await accounts.account_state(conn, desk.account)
+            restless = await store.oldest_restless_ms(conn, desk.account, RESTLESS)
+        last: float | None = state.get("last_look")
+        reading = Reading()
+        offset, before = 0, None
+        for _ in range(MOST_PAGES):
+            page = await self._page(offset, {})
+            if before is not None and page.total not in (None, before):
+                desk.count("page_drift")  # rows slid down and come twice; those that slid up are the sweep's
+            before = page.total
+            rows = self._rows(page, reading)
+            if not offset and not rows and last is not None:
+                await self._empty()
+            if await self._enough(rows, restless):
+                break
+            if len(page.rows) < LIMIT or (page.total is not None and offset + len(page.rows) >= page.total):
+                break
+            offset += len(page.rows) - OVERLAP
+        await self._store(reading.rows, began, last, state)
+
+    async def _enough(self, rows: dict[str, Any], restless_ms: int | None) -> bool:
+        times = [time for row in rows.values() if (time := row_time(row, Drift())) is not None]
+        if restless_ms is not None and (not times or min(times) >= restless_ms):
+            return False
+        async with self._desk.lease.transaction() as conn:
+            resting = await store.resting(conn, self._desk.account, list(rows), self._keep)
+        return bool(rows) and resting == len(rows)
+
+    async def _empty(self) -> None:
+        async with self._desk.lease.transaction() as conn:
+            if (await store.known_of(conn, self._desk.account, "", limit=1)).records:
+                self._desk.count("empty_list")
+
+    async def _page(self, offset: int, span: dict[str, str]) -> History:
+        drift = Drift()
+        params = {"limit": str(LIMIT), "offset": str(offset), **span}
+        page = history_of(await self._desk.client.get("transactions", "/transactions", params), drift)
+        self._desk.count_drift(drift)
+        return page
+
+    def _rows(self, page: History, reading: Reading) -> dict[str, Any]:
+        """The usable rows of a page, scrubbed, also into the reading; what is odd about their order is counted."""
+        found: dict[str, Any] = {}
+        latest: int | None = None
+        disorder = False
+        for raw in page.rows:
+            try:
+                record = row_id(raw)
+            except Unusable as why:
+                self._desk.quarantine(str(why))
+                continue
+            if record in found:
+                self._desk.count("duplicate")
+            row = scrubbed(raw)
+            time = row_time(row, Drift())
+            disorder |= time is not None and latest is not None and time > latest
+            latest = time if time is not None else latest
+            found[record] = row
+        self._desk.count("disorder", int(disorder))
+        reading.rows |= found
+        return found
+
+    async def _store(self, rows: dict[str, Any], began: float, last: float | None, state: dict[str, Any]) -> None:
+        desk = self._desk
+        undated = last is None
+        async with desk.writing() as (conn, stored):
+            await self._write(conn, rows, undated, None if last is None else int(last * 1000), stored, last)
+            await accounts.save_state(conn, desk.account, {**state, "last_look": began})
+
+    async def _write(
+        self,
+        conn: Connection,
+        rows: dict[str, Any],
+        undated: bool,
+        since_ms: int | None,
+        stored: store.Stored,
+        last: float | None,
+    ) -> None:
+        desk, brand = self._desk, self._desk.account.brand
+        known = await store.current_records(conn, desk.account, rows.keys())
+        found = [
+            desk.record(
+                record,
+                row,
+                known.get(record),
+                "",
+                None,
+                lambda row, drift: (row_time(row, drift), transfers_of(row, brand, undated=undated, drift=drift)),
+            )
+            for record, row in rows.items()
+        ]
+        stored += await store.store_records(conn, desk.account, found, since_ms)
+        stored += await store.still_there(conn, desk.account, list(rows), self._keep)
+        if last is not None:
+            late = (last - 60) * 1000
+            desk.count("late", sum(1 for r in found if r.version == 1 and r.time_ms is not None and r.time_ms < late))
+
+    # ---------------------------------------------------------------- sweeps
+
+    async def sweep_if_due(self) -> None:
+        """Reads a range with a fixed end, whole: what is missing from two of them is withdrawn."""
+        desk = self._desk
+        async with desk.lease.transaction() as conn:
+            state = await accounts.account_state(conn, desk.account)
+        now = desk.wall
+        swept, whole = state.get("swept", 0.0), state.get("swept_whole", 0.0)
+        everything = now - whole >= WHOLE_EVERY
+        gap = self._sweep_every if self._newest is not None else 6 * self._sweep_every
+        if not everything and now - swept < gap:
+            return
+        since = None if everything else now - HORIZON
+        reading = await self._range(since, now)
+        times = {"swept": now, **({"swept_whole": now} if everything else {})}
+        since_ms = None if since is None else int(since) * 1000
+        async with desk.writing() as (conn, stored):
+            last = state.get("last_look")
+            await self._write(conn, reading.rows, False, int(last * 1000) if last else None, stored, None)
+            if reading.whole and (reading.rows or now - swept >= EMPTY_ALONE):
+                stored += await store.sweep(conn, desk.account, "", reading.rows.keys(), since_ms, int(now) * 1000)
+            await accounts.save_state(conn, desk.account, {**state, **times})
+
+    async def _range(self, since: float | None, until: float) -> Reading:
+        """Every row between two times, read again until all that is counted was seen.
+
+        The end is fixed, so nothing new slides in; but rows of one second have another order in every answer, and what one
+        walk misses at the edge of a page the next one shows.
+        """
+        span = {"to_time": _iso(until)} | ({"from_time": _iso(since)} if since is not None else {})
+        reading, read = Reading(), Reading()
+        for _ in range(WALKS):
+            offset, total, moved = 0, None, False
+            for _ in range(MOST_PAGES):
+                page = await self._page(offset, span)
+                total = page.total if total is None else total
+                moved = moved or page.total not in (None, total)
+                self._rows(page, read)
+                if len(page.rows) < LIMIT:
+                    break
+                offset += len(page.rows) - OVERLAP
+            reading.rows |= read.rows
+            if not moved and total in (None, len(read.rows)):
+                reading.whole = True
+                return reading
+            self._desk.count("page_drift")
+            if moved or (total is not None and len(read.rows) > total):
+                read = Reading()  # something went meanwhile: what was read before says nothing of now
+        return reading
+
+
+def _iso(at: float) -> str:
+    return datetime.fromtimestamp(int(at), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

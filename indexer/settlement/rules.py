@@ -1,0 +1,90 @@
+"""What the configuration says about settling: policies, how legs are paired by wallet and amount, and how final a partner's word is.
+
+Values only, in the model's terms; the file and its keys are `indexer/config`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from indexer.config import Brand
+from indexer.model.confidence import Heads, Level, Policy
+from indexer.model.evidence import KEYBAN, QIIBEE
+from indexer.model.matching import WalletRules
+from indexer.model.standing import PartnerRules, Standing
+
+
+@dataclass(frozen=True)
+class BrandRules:
+    """What the configuration says about settling a brand's operations."""
+
+    policies: tuple[Policy, ...] = ()
+    wallet: WalletRules = field(default_factory=WalletRules)
+    partners: Mapping[str, PartnerAccount] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PartnerAccount:
+    """What the configuration says about a brand's account at one partner."""
+
+    wallet: WalletRules = field(default_factory=WalletRules)
+    rules: PartnerRules = field(default_factory=PartnerRules)
+
+
+NO_RULES = BrandRules()
+
+
+def standing_of(heads: Mapping[int, Heads], rules: Mapping[str, BrandRules], now_ms: int) -> Standing:
+    """Everything that the rungs of evidence depend on."""
+    partners = {
+        (brand, partner): account.rules for brand, rule in rules.items() for partner, account in rule.partners.items()
+    }
+    return Standing(heads, partners, now_ms)
+
+
+def rules_of(brands: Sequence[Brand]) -> dict[str, BrandRules]:
+    """The settling rules of a configuration."""
+    return {
+        brand.name: BrandRules(
+            policies=tuple(
+                Policy(
+                    level=Level[policy.confidence.upper()],
+                    seconds=policy.seconds or 0.0,
+                    max_amount=policy.max_amount,
+                    kind=policy.kind,
+                    issuer=policy.issuer,
+                    loyalty_id=policy.loyalty_id,
+                    bases=frozenset(policy.bases) if policy.bases else None,
+                )
+                for policy in brand.policies
+            ),
+            wallet=WalletRules(
+                skew_ms=int(brand.match_skew * 1000),
+                window_ms=int(brand.match_window * 1000),
+                hold=brand.ambiguous == "hold",
+            ),
+            partners=_partners_of(brand),
+        )
+        for brand in brands
+    }
+
+
+def _partners_of(brand: Brand) -> dict[str, PartnerAccount]:
+    hold = brand.ambiguous == "hold"
+    accounts: dict[str, PartnerAccount] = {}
+    if brand.keyban is not None:
+        keyban = brand.keyban
+        accounts[KEYBAN] = PartnerAccount(
+            WalletRules(int(keyban.skew * 1000), int(keyban.window * 1000), hold),
+            PartnerRules(
+                require_success=keyban.require_success,
+                finalized_after_ms=None if keyban.finalized_after is None else int(keyban.finalized_after * 1000),
+            ),
+        )
+    if brand.qiibee is not None:
+        accounts[QIIBEE] = PartnerAccount(
+            WalletRules(int(brand.match_skew * 1000), int(brand.match_window * 1000), hold),
+            PartnerRules(settle_after_ms=int(brand.qiibee.settle_after * 1000)),
+        )
+    return accounts

@@ -1,0 +1,213 @@
+"""Partners' facts as the settling room reads them: legs that wait for records, the records, our looks at chains, hints.
+
+Reads only, in the caller's transaction; the pollers write these tables (`partners.py`). A group is what is paired at once:
+brand, kind, wallet and amount. What a `ready` has left on is settled, and is not read again for others' sake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from indexer.model.evidence import Hint, Look, Moved, PartnerTransfer, Status
+from indexer.model.operation import Leg, PartnerLeg
+from indexer.model.types import Address, Hash32
+from indexer.store.connection import Connection
+
+PARTNER_LEG = """
+    l.operation_id, l.leg, o.brand, l.kind, l.wallet_id, l.amount, l.token, l.released,
+    (extract(epoch FROM l.requested_at) * 1000)::bigint AS requested_ms,
+    (extract(epoch FROM o.registered_at) * 1000)::bigint AS registered_ms
+"""
+TRANSFER = """
+    t.id, t.brand, t.partner, t.kind, t.record_id, t.wallet, t.token, t.amount, t.time_ms, t.undated, t.status, t.network,
+    t.chain_id, t.tx_hash, t.tx_hashes, t.block_number, t.withdrawn_at,
+    (extract(epoch FROM t.first_seen_at) * 1000)::bigint AS first_seen_ms,
+    (extract(epoch FROM t.settled_at) * 1000)::bigint AS settled_ms, (extract(epoch FROM t.seen_at) * 1000)::bigint AS seen_ms
+"""
+
+Group = tuple[str, str, str, int]  # brand, kind, wallet, amount
+
+
+def partner_leg_of(row: asyncpg.Record) -> PartnerLeg:
+    return PartnerLeg(
+        operation_id=row["operation_id"],
+        index=row["leg"],
+        brand=row["brand"],
+        kind=row["kind"],
+        wallet=row["wallet_id"],
+        amount=int(row["amount"]),
+        token=row["token"],
+        requested_at_ms=row["requested_ms"],
+        registered_at_ms=row["registered_ms"],
+        released=row["released"],
+    )
+
+
+async def partner_legs_of(conn: Connection, ids: Sequence[UUID]) -> list[PartnerLeg]:
+    """The partner legs of these operations (leg_pk)."""
+    rows = await conn.fetch(
+        f"""
+        SELECT {PARTNER_LEG} FROM indexer.leg l JOIN indexer.operation o ON o.id = l.operation_id
+        WHERE l.operation_id = ANY($1::uuid[]) AND l.wallet_id IS NOT NULL
+        """,  # noqa: S608
+        ids,
+    )
+    return [partner_leg_of(row) for row in rows]
+
+
+async def rival_legs(conn: Connection, groups: Iterable[Group]) -> list[PartnerLeg]:
+    """Every leg of the groups that no `ready` has left on yet (leg_partner_idx, claim_pk)."""
+    rows = await conn.fetch(
+        f"""
+        SELECT {PARTNER_LEG} FROM unnest($1::text[], $2::text[], $3::text[], $4::numeric[]) AS g (brand, kind, wallet, amount)
+        JOIN indexer.leg l ON l.wallet_id = g.wallet AND l.amount = g.amount AND l.kind = g.kind
+        JOIN indexer.operation o ON o.id = l.operation_id AND o.brand = g.brand
+        WHERE NOT EXISTS (SELECT 1 FROM indexer.claim c WHERE c.operation_id = l.operation_id AND c.leg = l.leg AND c.final)
+        """,  # noqa: S608
+        *_columns(groups),
+    )
+    return [partner_leg_of(row) for row in rows]
+
+
+async def transfers_for(conn: Connection, groups: Iterable[Group], ids: Sequence[UUID]) -> list[PartnerTransfer]:
+    """The records of the groups, but for what a `ready` of others than `ids` rests on (partner_transfer_wallet_idx)."""
+    rows = await conn.fetch(
+        f"""
+        SELECT {TRANSFER} FROM unnest($1::text[], $2::text[], $3::text[], $4::numeric[]) AS g (brand, kind, wallet, amount)
+        JOIN indexer.partner_transfer t ON t.brand = g.brand AND t.wallet = g.wallet AND t.amount = g.amount AND t.kind = g.kind
+        WHERE t.withdrawn_at IS NULL AND NOT EXISTS (
+            SELECT 1 FROM indexer.claim c WHERE c.evidence_id = t.id AND c.final AND c.operation_id <> ALL ($5::uuid[]))
+        """,  # noqa: S608
+        *_columns(groups),
+        ids,
+    )
+    return await transfers_of_rows(conn, rows)
+
+
+def _columns(groups: Iterable[Group]) -> tuple[list[str], list[str], list[str], list[int]]:
+    rows = list(groups)
+    return [g[0] for g in rows], [g[1] for g in rows], [g[2] for g in rows], [g[3] for g in rows]
+
+
+async def transfers_of_rows(conn: Connection, rows: Sequence[asyncpg.Record]) -> list[PartnerTransfer]:
+    """Records with our looks at their transactions joined to them."""
+    hashes = {
+        (row["chain_id"], text)
+        for row in rows
+        if row["chain_id"] is not None
+        for text in _hashes(row)
+        if _raw(text) is not None
+    }
+    looks = await _looks(conn, hashes) if hashes else {}
+    return [_transfer(row, looks) for row in rows]
+
+
+def _hashes(row: asyncpg.Record) -> tuple[str, ...]:
+    """All transactions of a record; on a chain that we follow in the spelling of that chain."""
+    texts = row["tx_hashes"] or ([row["tx_hash"]] if row["tx_hash"] else [])
+    return tuple(dict.fromkeys(text.lower() if row["chain_id"] is not None else text for text in texts))
+
+
+def _raw(tx_hash: str) -> bytes | None:
+    try:
+        raw = bytes.fromhex(tx_hash.removeprefix("0x"))
+    except ValueError:
+        return None
+    return raw if len(raw) == 32 else None
+
+
+async def _looks(conn: Connection, hashes: Iterable[tuple[int, str]]) -> dict[tuple[int, str], Look]:
+    """Answers of chain_lookup_pk. One whose block is not the canonical one that we hold counts as no answer."""
+    wanted = sorted(hashes)
+    rows = await conn.fetch(
+        """
+        SELECT q.chain_id, q.tx_hash, q.block_number, q.block_hash, q.success, q.transfer,
+               EXISTS (SELECT 1 FROM indexer.block b WHERE b.chain_id = q.chain_id AND b.number = q.block_number AND b.canonical
+                       AND b.hash <> q.block_hash) AS replaced
+        FROM unnest($1::bigint[], $2::bytea[]) AS w (chain_id, tx_hash)
+        JOIN indexer.chain_lookup q ON q.chain_id = w.chain_id AND q.tx_hash = w.tx_hash
+        WHERE q.answered_at IS NOT NULL
+        """,
+        [chain for chain, _ in wanted],
+        [_raw(text) for _, text in wanted],
+    )
+    spelled = {(chain, _raw(text)): text for chain, text in wanted}
+    found: dict[tuple[int, str], Look] = {}
+    for row in rows:
+        text = spelled[row["chain_id"], row["tx_hash"]]
+        if row["block_number"] is None or row["replaced"]:
+            found[row["chain_id"], text] = Look(row["chain_id"], text)
+        else:
+            found[row["chain_id"], text] = Look(
+                row["chain_id"],
+                text,
+                row["block_number"],
+                Hash32(row["block_hash"]),
+                row["success"],
+                tuple(_moved(entry) for entry in row["transfer"] or []),
+            )
+    return found
+
+
+def _moved(entry: dict[str, Any]) -> Moved:
+    return Moved(str(entry["token"]).lower(), str(entry["from"]).lower(), str(entry["to"]).lower(), int(entry["value"]))
+
+
+def _transfer(row: asyncpg.Record, looks: dict[tuple[int, str], Look]) -> PartnerTransfer:
+    hashes = _hashes(row)
+    ours = (looks.get((row["chain_id"], text)) for text in hashes)
+    return PartnerTransfer(
+        brand=row["brand"],
+        partner=row["partner"],
+        kind=row["kind"],
+        record_id=row["record_id"],
+        wallet=row["wallet"],
+        token=row["token"],
+        amount=None if row["amount"] is None else int(row["amount"]),
+        status=Status(row["status"]),
+        first_seen_ms=row["first_seen_ms"],
+        stated_ms=row["time_ms"],
+        undated=row["undated"],
+        settled_ms=row["settled_ms"],
+        seen_ms=row["seen_ms"],
+        network=row["network"],
+        chain_id=row["chain_id"],
+        tx_hashes=hashes,
+        block_number=None if row["block_number"] is None else int(row["block_number"]),
+        withdrawn=row["withdrawn_at"] is not None,
+        looks=tuple(look for look in ours if look is not None),
+    )
+
+
+async def hints_for(conn: Connection, legs: Sequence[Leg]) -> list[Hint]:
+    """What Loyfin's API says of the actions that these legs name (partner_hint_nonce_idx, partner_hint_operation_hash_idx)."""
+    rows = await conn.fetch(
+        """
+        SELECT h.partner, h.record_id, h.chain_id, h.factory, h.kind, h.issuer, h.nonce, h.operation_hash, h.status, h.reason
+        FROM indexer.partner_hint h WHERE h.nonce = ANY($1::bytea[])
+        UNION
+        SELECT h.partner, h.record_id, h.chain_id, h.factory, h.kind, h.issuer, h.nonce, h.operation_hash, h.status, h.reason
+        FROM indexer.partner_hint h WHERE h.operation_hash = ANY($2::bytea[])
+        """,
+        [leg.nonce for leg in legs if leg.nonce is not None],
+        [leg.operation_hash for leg in legs if leg.match == "operation_hash"],
+    )
+    return [
+        Hint(
+            row["partner"],
+            row["record_id"],
+            row["chain_id"],
+            Address(row["factory"]),
+            row["kind"],
+            Address(row["issuer"]),
+            Hash32(row["nonce"]),
+            row["operation_hash"],
+            row["status"],
+            row["reason"],
+        )
+        for row in rows
+    ]

@@ -1,0 +1,420 @@
+"""Facts from partners as the pollers write them: versions of records, the transfers in them, and what is missing from them.
+
+Every function works inside the caller's leased transaction and neither begins nor commits. What it changes it also queues for
+the reconciler, and notifies; what a record means was decided by the poller, what it settles is the reconciler's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from indexer.store.connection import Connection
+from indexer.store.partner_accounts import OPEN, Account
+
+SWEEPS_UNTIL_GONE = 2  # full sweeps in a row that lack a record: then it is withdrawn
+
+_SETTLED = ("included", "succeeded")
+
+
+@dataclass(frozen=True, slots=True)
+class Current:
+    """The last stored version of a record."""
+
+    version: int
+    raw: Any
+    wallet: str
+    missing: int
+
+
+@dataclass(frozen=True, slots=True)
+class TransferRow:
+    """Evidence in a record: the columns of `partner_transfer` that a partner speaks of."""
+
+    id: UUID
+    kind: str
+    record_id: str
+    wallet: str
+    token: str | None
+    amount: int | None
+    amount_text: str | None
+    time_ms: int | None
+    undated: bool
+    status: str
+    network: str | None
+    chain_id: int | None
+    tx_hashes: tuple[str, ...]
+    block_number: int | None
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """What must not change while it is settled."""
+        return (self.status, self.tx_hashes, self.amount)
+
+    @property
+    def rest(self) -> tuple[object, ...]:
+        return (self.wallet, self.token, self.amount_text, self.network, self.chain_id, self.block_number)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordRow:
+    """A record as read, with the evidence in it. `version` is the new one, or None where it says what it said before.
+
+    `scope` is whose evidence was looked for in it: a listing by wallet speaks of that wallet's side alone.
+    """
+
+    record_id: str
+    version: int | None
+    raw: Any
+    wallet: str
+    time_ms: int | None
+    transfers: tuple[TransferRow, ...]
+    scope: str | None = None
+
+
+@dataclass(slots=True)
+class Stored:
+    """What a listing changed."""
+
+    new: int = 0
+    changed: int = 0
+    unsettled: int = 0  # evidence that counted and does not any more, or elsewhere
+    returned: int = 0  # records that had been missing
+    missing: int = 0
+    withdrawn: int = 0
+    touched: set[tuple[str, str]] = field(default_factory=set)  # (kind, wallet)
+
+    def __iadd__(self, other: Stored) -> Stored:
+        for name in ("new", "changed", "unsettled", "returned", "missing", "withdrawn"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.touched |= other.touched
+        return self
+
+
+# --------------------------------------------------------------------------- records
+
+
+async def current_records(conn: Connection, account: Account, record_ids: Collection[str]) -> dict[str, Current]:
+    """What is stored of these. partner_record_current_idx."""
+    rows = await conn.fetch(
+        """
+        SELECT record_id, version, raw, wallet, missing FROM indexer.partner_record
+        WHERE brand = $1 AND partner = $2 AND record_id = ANY ($3::text[]) AND current
+        """,
+        account.brand,
+        account.partner,
+        list(record_ids),
+    )
+    return {row[0]: Current(*row[1:]) for row in rows}
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What a wallet's listing should hold: how many records, and which of them do not rest yet."""
+
+    records: frozenset[str]
+    restless: frozenset[str]
+
+
+async def known_of(conn: Connection, account: Account, wallet: str, limit: int | None = None) -> Known:
+    """partner_record_wallet_idx and partner_transfer_record_idx. A record rests when all its evidence has succeeded or failed."""
+    rows = await conn.fetch(
+        """
+        SELECT r.record_id, EXISTS (
+            SELECT FROM indexer.partner_transfer t WHERE t.brand = $1 AND t.partner = $2 AND t.record_id = r.record_id)
+          AND NOT EXISTS (
+            SELECT FROM indexer.partner_transfer t WHERE t.brand = $1 AND t.partner = $2 AND t.record_id = r.record_id
+              AND t.status NOT IN ('succeeded', 'failed')) AS rests
+        FROM indexer.partner_record r WHERE r.brand = $1 AND r.partner = $2 AND r.wallet = $3 AND r.current AND r.missing < $4
+        LIMIT $5
+        """,
+        account.brand,
+        account.partner,
+        wallet,
+        SWEEPS_UNTIL_GONE,
+        limit,
+    )
+    return Known(frozenset(r[0] for r in rows), frozenset(r[0] for r in rows if not r[1]))
+
+
+async def oldest_restless_ms(conn: Connection, account: Account, within: float) -> int | None:
+    """The time of the oldest evidence, first seen in the last `within` seconds, that has neither succeeded nor failed.
+
+    partner_transfer_page_idx.
+    """
+    found = await conn.fetchval(
+        """
+        SELECT min(t.time_ms) FROM indexer.partner_transfer t
+        WHERE t.brand = $1 AND t.partner = $2 AND t.status IN ('pending', 'included') AND t.withdrawn_at IS NULL
+          AND t.first_seen_at > clock_timestamp() - make_interval(secs => $3)
+        """,
+        account.brand,
+        account.partner,
+        within,
+    )
+    return None if found is None else int(found)
+
+
+async def resting(conn: Connection, account: Account, record_ids: Sequence[str], keep: float) -> int:
+    """How many of these are stored and at rest: their evidence failed, or has stood for `keep` seconds."""
+    return int(
+        await conn.fetchval(
+            """
+            SELECT count(*) FROM indexer.partner_record r
+            WHERE r.brand = $1 AND r.partner = $2 AND r.record_id = ANY ($3::text[]) AND r.current AND r.missing = 0
+              AND NOT EXISTS (
+                SELECT FROM indexer.partner_transfer t WHERE t.brand = $1 AND t.partner = $2 AND t.record_id = r.record_id
+                  AND NOT (t.status = 'failed' OR (t.status = 'succeeded' AND t.seen_at >= t.settled_at + make_interval(secs => $4))))
+            """,
+            account.brand,
+            account.partner,
+            list(record_ids),
+            keep,
+        )
+    )
+
+
+async def store_records(
+    conn: Connection, account: Account, records: Sequence[RecordRow], since_ms: int | None = None
+) -> Stored:
+    """A listing's records: new versions, and the evidence wherever it differs from what is stored.
+
+    Evidence that a record no longer speaks of stops counting. `since_ms`: new evidence without a time of its own, and not
+    `undated`, came after this.
+    """
+    stored = Stored()
+    ids = [record.record_id for record in records]
+    await _store_versions(conn, account, [record for record in records if record.version is not None], stored)
+    before = {
+        row["id"]: row
+        for row in await conn.fetch(
+            """
+            SELECT id, kind, record_id, wallet, token, amount_text, network, chain_id, block_number, status, tx_hashes, amount, time_ms,
+                   withdrawn_at IS NOT NULL AS withdrawn
+            FROM indexer.partner_transfer WHERE brand = $1 AND partner = $2 AND record_id = ANY ($3::text[])
+            """,  # partner_transfer_record_idx
+            account.brand,
+            account.partner,
+            ids,
+        )
+    }
+    rows: list[tuple[Any, ...]] = []
+    told: set[UUID] = set()
+    for transfer in (transfer for record in records for transfer in record.transfers):
+        told.add(transfer.id)
+        was = before.get(transfer.id)
+        stands = was is not None and not was["withdrawn"] and _place(was) == transfer.place
+        if was is not None and stands and _rest(was) == transfer.rest and transfer.time_ms in (None, was["time_ms"]):
+            continue
+        if was is not None and was["status"] in _SETTLED and not stands:
+            stored.unsettled += not was["withdrawn"]
+        if was is not None and was["wallet"] != transfer.wallet:
+            stored.touched.add((was["kind"], was["wallet"]))
+        stored.touched.add((transfer.kind, transfer.wallet))
+        rows.append(
+            (
+                transfer.id,
+                *account,
+                transfer.kind,
+                transfer.record_id,
+                transfer.wallet,
+                transfer.token,
+                transfer.amount,
+                transfer.amount_text,
+                transfer.time_ms,
+                transfer.undated,
+                transfer.status,
+                transfer.network,
+                transfer.chain_id,
+                transfer.tx_hashes[-1] if transfer.tx_hashes else None,
+                list(transfer.tx_hashes),
+                transfer.block_number,
+                transfer.status in _SETTLED,
+                stands,
+                None if transfer.undated else since_ms,
+            )
+        )
+    await conn.executemany(_UPSERT, rows)
+    scopes = {record.record_id: record.scope for record in records}
+    silent = [
+        row
+        for key, row in before.items()
+        if key not in told
+        and row["status"] in ("pending", *_SETTLED)
+        and row["amount_text"] is not None
+        and scopes[row["record_id"]] in (None, row["wallet"])
+    ]
+    if silent:
+        await conn.execute(
+            """
+            UPDATE indexer.partner_transfer SET status = 'pending', amount = NULL, amount_text = NULL, settled_at = NULL,
+                seen_at = clock_timestamp()
+            WHERE id = ANY ($1::uuid[])
+            """,
+            [row["id"] for row in silent],
+        )
+        stored.unsettled += sum(row["status"] in _SETTLED and not row["withdrawn"] for row in silent)
+        stored.touched |= {(row["kind"], row["wallet"]) for row in silent}
+    return stored
+
+
+def _place(row: asyncpg.Record) -> tuple[object, ...]:
+    return (row["status"], tuple(row["tx_hashes"]), None if row["amount"] is None else int(row["amount"]))
+
+
+def _rest(row: asyncpg.Record) -> tuple[object, ...]:
+    height = None if row["block_number"] is None else int(row["block_number"])
+    return (row["wallet"], row["token"], row["amount_text"], row["network"], row["chain_id"], height)
+
+
+async def _store_versions(conn: Connection, account: Account, records: Sequence[RecordRow], stored: Stored) -> None:
+    if not records:
+        return
+    await conn.execute(
+        """
+        UPDATE indexer.partner_record SET current = false
+        WHERE brand = $1 AND partner = $2 AND record_id = ANY ($3::text[]) AND current
+        """,
+        account.brand,
+        account.partner,
+        [record.record_id for record in records],
+    )
+    await conn.executemany(
+        """
+        INSERT INTO indexer.partner_record (brand, partner, record_id, version, raw, wallet, time_ms)
+        VALUES ($1, $2, $3, $4, $5, $6, $7)
+        """,
+        [(*account, r.record_id, r.version, r.raw, r.wallet, r.time_ms) for r in records],
+    )
+    for record in records:
+        if record.version == 1:
+            stored.new += 1
+        else:
+            stored.changed += 1
+
+
+# A time that the record did not have before is taken over, and ends `undated`; one that was known is not forgotten.
+_UPSERT = """
+INSERT INTO indexer.partner_transfer AS t (id, brand, partner, kind, record_id, wallet, token, amount, amount_text, time_ms, undated,
+    status, network, chain_id, tx_hash, tx_hashes, block_number, settled_at)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, coalesce($10::bigint, $20::bigint), $11, $12, $13, $14, $15, $16, $17,
+    CASE WHEN $18 THEN clock_timestamp() END)
+ON CONFLICT (id) DO UPDATE SET wallet = excluded.wallet, token = excluded.token, amount = excluded.amount,
+    amount_text = excluded.amount_text, time_ms = coalesce($10::bigint, t.time_ms),
+    undated = t.undated AND $10::bigint IS NULL, status = excluded.status, network = excluded.network,
+    chain_id = excluded.chain_id, tx_hash = excluded.tx_hash, tx_hashes = excluded.tx_hashes, block_number = excluded.block_number,
+    seen_at = clock_timestamp(), settled_at = CASE WHEN $19 THEN t.settled_at ELSE excluded.settled_at END, withdrawn_at = NULL,
+    unmatched_look_at = CASE WHEN $19 THEN t.unmatched_look_at ELSE clock_timestamp() END
+"""
+
+
+async def still_there(conn: Connection, account: Account, record_ids: Sequence[str], keep: float) -> Stored:
+    """Records that a listing held: they are not missing (any more).
+
+    `keep`: seconds for which evidence must stand unchanged before it is final; until then it is noted that it was seen.
+    """
+    stored = Stored()
+    status = await conn.execute(
+        """
+        UPDATE indexer.partner_record SET missing = 0
+        WHERE brand = $1 AND partner = $2 AND record_id = ANY ($3::text[]) AND current AND missing > 0
+        """,
+        account.brand,
+        account.partner,
+        list(record_ids),
+    )
+    stored.returned = int(status.rpartition(" ")[2])
+    if keep > 0:
+        rows = await conn.fetch(
+            """
+            UPDATE indexer.partner_transfer SET seen_at = clock_timestamp()
+            WHERE brand = $1 AND partner = $2 AND record_id = ANY ($3::text[]) AND withdrawn_at IS NULL
+              AND settled_at IS NOT NULL AND seen_at < settled_at + make_interval(secs => $4)
+            RETURNING kind, wallet, seen_at >= settled_at + make_interval(secs => $4) AS stood
+            """,
+            account.brand,
+            account.partner,
+            list(record_ids),
+            keep,
+        )
+        stored.touched |= {(row[0], row[1]) for row in rows if row[2]}
+    return stored
+
+
+async def sweep(
+    conn: Connection,
+    account: Account,
+    wallet: str,
+    seen: Collection[str],
+    since_ms: int | None = None,
+    until_ms: int | None = None,
+) -> Stored:
+    """A complete listing held `seen` and nothing else: what it should have held and didn't is missing, at last withdrawn.
+
+    `since_ms`, `until_ms`: it spoke of records with times between, both exclusive. partner_record_wallet_idx.
+    """
+    stored = Stored()
+    rows = await conn.fetch(
+        """
+        UPDATE indexer.partner_record SET missing = least(missing + 1, 1000)
+        WHERE brand = $1 AND partner = $2 AND wallet = $3 AND current
+          AND ($5::bigint IS NULL OR time_ms > $5) AND ($6::bigint IS NULL OR time_ms < $6)
+          AND record_id NOT IN (SELECT unnest($4::text[]))
+        RETURNING record_id, missing
+        """,
+        account.brand,
+        account.partner,
+        wallet,
+        list(seen),
+        since_ms,
+        until_ms,
+    )
+    stored.missing = sum(row[1] < SWEEPS_UNTIL_GONE for row in rows)
+    gone = [row[0] for row in rows if row[1] == SWEEPS_UNTIL_GONE]
+    if gone:
+        stored.withdrawn = len(gone)
+        lost = await conn.fetch(
+            """
+            UPDATE indexer.partner_transfer SET withdrawn_at = clock_timestamp()
+            WHERE brand = $1 AND partner = $2 AND record_id = ANY ($3::text[]) AND withdrawn_at IS NULL
+            RETURNING kind, wallet, status
+            """,
+            account.brand,
+            account.partner,
+            gone,
+        )
+        stored.unsettled = sum(row[2] in _SETTLED for row in lost)
+        stored.touched |= {(row[0], row[1]) for row in lost}
+    return stored
+
+
+async def touch_partner_legs(conn: Connection, brand: str, touched: Iterable[tuple[str, str]]) -> None:
+    """Operations of the brand with legs of these (kind, wallet) are looked at again: open ones, and those that claim evidence.
+
+    leg_partner_idx. A leg that is settled and undisturbed costs one pass that changes nothing.
+    """
+    pairs = sorted(set(touched))
+    if not pairs:
+        return
+    await conn.execute(
+        """
+        INSERT INTO indexer.touched_operation (operation_id)
+        SELECT DISTINCT o.id
+        FROM unnest($2::text[], $3::text[]) AS seen (kind, wallet)
+        JOIN indexer.leg l ON l.wallet_id = seen.wallet AND l.kind = seen.kind
+        JOIN indexer.operation o ON o.id = l.operation_id AND o.brand = $1
+        WHERE o.state = ANY ($4::text[]) OR l.released OR EXISTS (
+            SELECT FROM indexer.claim c JOIN indexer.partner_transfer t ON t.id = c.evidence_id
+            WHERE c.operation_id = l.operation_id AND c.leg = l.leg
+              AND (t.withdrawn_at IS NOT NULL OR t.seen_at > clock_timestamp() - interval '5 minutes'))
+        """,
+        brand,
+        [kind for kind, _ in pairs],
+        [wallet for _, wallet in pairs],
+        OPEN,
+    )
+    await conn.execute("NOTIFY indexer_facts")

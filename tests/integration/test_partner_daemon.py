@@ -1,0 +1,134 @@
+"""The daemon and simulated partners, everything real between: from a registration to a ready operation, whatever the weather."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from indexer.config import Config
+from indexer.daemon import serve
+from indexer.partners.balances import partner_balances
+from indexer.sandbox.partners.app import Hosted
+from indexer.sandbox.partners.faults import CODES
+from indexer.sandbox.partners.keyban import Keyban
+from indexer.sandbox.partners.loyfin import LoyfinApi
+from indexer.sandbox.partners.movement import AT_ONCE, Course, Pace
+from indexer.sandbox.partners.qiibee import BASE, Qiibee
+from indexer.store.database import Database
+from tests.partner_office import BRAND, KEY
+
+pytestmark = pytest.mark.xdist_group("partner-daemon")
+
+
+@asynccontextmanager
+async def running(dsn: str, tmp: Any, **partners: dict[str, Any]) -> AsyncIterator[None]:
+    """`serve` with one brand and these sections, until the body ends."""
+    config = Config.model_validate(
+        {
+            "state_dir": str(tmp),
+            "database": {"url": dsn, "lease_seconds": 5},
+            "http": {"listen": "127.0.0.1:0"},
+            "brands": [{"name": BRAND, "policies": [{"confidence": "included"}], **partners}],
+        }
+    )
+    stop, up = asyncio.Event(), asyncio.Event()
+    task = asyncio.create_task(serve(config, announce=lambda *_: up.set(), stop=stop))
+    try:
+        waiting = asyncio.create_task(up.wait())
+        await asyncio.wait({waiting, task}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+        yield
+    finally:
+        stop.set()
+        await asyncio.wait_for(task, 20)
+
+
+async def test_balances_are_asked_for_on_demand(tmp_path: Any) -> None:
+    keyban = Keyban(seed=1, clock=time.time, keys=[KEY])
+    qiibee = Qiibee(seed=2, clock=time.time, keys=[KEY])
+    account, user = keyban.open_account(), qiibee.enrol()
+    for amount in range(1, 121):
+        keyban.mint(account, amount, AT_ONCE)
+    keyban.burn(account, 60, AT_ONCE)
+    keyban.mint(account, 5, Course(0.0, 0.0, None))  # promised, and not there
+    qiibee.credit(user, 25, AT_ONCE)
+    async with Hosted(keyban) as k, Hosted(qiibee, BASE) as q:
+        sections = {
+            "keyban": {"url": k.url, "api_key": KEY, "network": "StellarTestnet", "requests_per_second": 100},
+            "qiibee": {"url": q.url, "api_key": KEY, "requests_per_second": 100},
+        }
+        config = Config.model_validate({"state_dir": str(tmp_path), "brands": [{"name": BRAND, **sections}]})
+        found = await partner_balances(config, keyban=account.wallet, qiibee=user.auth_id)
+        assert [(row.partner, row.balance, row.source, row.problem) for row in found] == [
+            ("keyban", str(120 * 121 // 2 - 60), "orders", None),
+            ("qiibee", "25", "provider", None),
+        ]
+        assert await partner_balances(config, keyban=account.wallet, brand="other") == []
+        qiibee.weather.begin("expired")
+        (refused,) = await partner_balances(config, qiibee=user.auth_id)
+        assert refused.balance is None and refused.problem is not None and "the key is not accepted" in refused.problem
+
+
+async def register(database: Database, reference: str, *legs: dict[str, str]) -> UUID:
+    request = {"brand": BRAND, "reference": reference, "legs": list(legs)}
+    async with database.pool.acquire() as conn:
+        return UUID((await conn.fetchval("SELECT loyalty.register_operation($1)", request))["id"])
+
+
+async def settled(database: Database, count: int, seconds: float) -> None:
+    async with asyncio.timeout(seconds):
+        while await database.pool.fetchval("SELECT count(*) FROM indexer.operation WHERE state = 'ready'") < count:
+            await asyncio.sleep(0.1)
+
+
+async def test_legs_of_every_partner_settle_in_any_weather(database: Database, dsn: str, tmp_path: Any) -> None:
+    pace = Pace((0.1, 0.3), (0.1, 0.3), (0.1, 0.5))
+    keyban = Keyban(seed=1, clock=time.time, keys=[KEY], pace=pace)
+    qiibee = Qiibee(seed=2, clock=time.time, keys=[KEY], pace=pace)
+    loyfin = LoyfinApi(seed=3, clock=time.time)
+    loyfin.weather.begin("dropped")  # dead from the beginning to the end
+    accounts, users = [keyban.open_account() for _ in range(3)], [qiibee.enrol() for _ in range(3)]
+    async with Hosted(keyban) as k, Hosted(qiibee, BASE) as q, Hosted(loyfin) as api:
+        sections = {
+            "keyban": {"url": k.url, "api_key": KEY, "network": "StellarTestnet", "poll": 0.3, "requests_per_second": 50},
+            "qiibee": {"url": q.url, "api_key": KEY, "poll": 0.3, "settle_after": 0.3, "requests_per_second": 50},
+            "loyfin": {"url": api.url, "poll": 1},
+        }  # fmt: skip
+        async with running(dsn, tmp_path, **sections):
+            for number, (account, user) in enumerate(zip(accounts, users, strict=True)):
+                keyban.mint(account, 10 + number)
+                qiibee.credit(user, 20 + number)
+                mint = {"kind": "keyban.mint", "walletId": account.wallet, "amount": str(10 + number)}
+                credit = {"kind": "qiibee.credit", "walletId": user.auth_id, "amount": str(20 + number)}
+                await register(database, f"good-{number}", mint, credit)
+            await settled(database, 3, 30)
+
+            # every fault of the catalogue at once, but for the key that expires: that stops an account for minutes
+            never_taken_back = ("turned", "deleted", "endless_body", "silence")
+            for partner in (keyban, qiibee):
+                partner.weather.begin(*(code for code in CODES if code != "F117"), chance=0.08)
+                partner.weather.end(*never_taken_back)
+                partner.weather.late_by = (0.2, 1.0)
+            for number, (account, user) in enumerate(zip(accounts, users, strict=True)):
+                keyban.burn(account, 30 + number, Course(0.1, 0.2, 0.4))
+                qiibee.debit(user, 40 + number, Course(0.1, 0.2, 0.4))
+                burn = {"kind": "keyban.burn", "walletId": account.wallet, "amount": str(30 + number)}
+                debit = {"kind": "qiibee.debit", "walletId": user.auth_id, "amount": str(40 + number)}
+                await register(database, f"bad-{number}", burn, debit)
+            async with asyncio.timeout(30):
+                while min(sum(partner.weather.struck.values()) for partner in (keyban, qiibee)) < 10:
+                    await asyncio.sleep(0.1)
+            for partner in (keyban, qiibee):
+                partner.weather.end()
+            await settled(database, 6, 40)
+            told = await database.pool.fetchval("SELECT problem FROM indexer.partner_account WHERE partner = 'loyfin'")
+            assert told is None or "no connection" in told or "broke" in told  # None: nothing was asked of it
+        bases = await database.pool.fetch("SELECT DISTINCT basis FROM indexer.claim")
+        assert [row[0] for row in bases] == ["wallet_amount"]

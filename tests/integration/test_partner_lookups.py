@@ -1,0 +1,128 @@
+"""Questions about a partner's transactions, answered from a chain: held, failed, absent, of a branch that lost; and final at last."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+import asyncpg
+
+from indexer.chain.lookups import TRANSFER, answer_lookups
+from indexer.chain.rpc import Rpc
+from indexer.store.database import Database
+from indexer.store.leases import Leases
+from indexer.store.lookups import ask_chain
+from indexer.store.wakeups import Wakeups
+from indexer.telemetry import Metrics
+from tests.fake_node import FakeChain, FakeNode, LogSpec
+from tests.following import address_word, eventually
+from tests.partner_office import BRAND, counted
+
+TOKEN, MINTER, WALLET = b"\x70" * 20, b"\x71" * 20, b"\x40" * 20
+
+
+def mint(amount: int) -> LogSpec:
+    return (TOKEN, [TRANSFER, address_word(MINTER), address_word(WALLET)], amount.to_bytes(32, "big"))
+
+
+async def test_a_transaction_is_looked_up_until_its_block_is_final(database: Database) -> None:
+    chain = FakeChain()
+    metrics, wakeups = Metrics(), Wakeups()
+    async with FakeNode(chain=chain) as node:
+        node.mine(blocks=3)
+        held = node.mine([mint(250)])
+        tx = held.txs[-1][0]
+        await database.pool.execute(
+            "INSERT INTO indexer.chain (chain_id, name, head_number, finalized_number) VALUES ($1, 'fake', 4, 0)",
+            chain.chain_id,
+        )
+        await database.pool.execute("INSERT INTO indexer.brand (name) VALUES ($1)", BRAND)
+        async with database.pool.acquire() as conn:
+            await ask_chain(conn, [(chain.chain_id, tx), (chain.chain_id, tx), (chain.chain_id, b"\x09" * 32)])
+
+        async def run() -> None:
+            async with Rpc(node.url, timeout=5) as rpc, Leases(database, ttl=15).hold("lookups:1") as lease:
+                await answer_lookups("fake", chain.chain_id, rpc, lease, wakeups, metrics=metrics)
+
+        async def answer(of: bytes = tx) -> asyncpg.Record:
+            row = await database.pool.fetchrow("SELECT * FROM indexer.chain_lookup WHERE tx_hash = $1", of)
+            assert row is not None
+            return row
+
+        async def poke() -> None:
+            """As if the last answers were a minute old."""
+            await database.pool.execute(
+                "UPDATE indexer.chain_lookup SET answered_at = answered_at - interval '2 minutes'"
+            )
+            wakeups.poke("heads")
+
+        running = asyncio.create_task(run())
+        try:
+
+            async def answered() -> bool:
+                return (await answer())["answered_at"] is not None and (await answer(b"\x09" * 32))[
+                    "answered_at"
+                ] is not None
+
+            await eventually(answered)
+            found = await answer()
+            assert (found["block_number"], found["block_hash"], found["success"]) == (held.number, held.hash, True)
+            assert [dict(m) for m in _moved(found)] == [
+                {"token": "0x" + TOKEN.hex(), "from": "0x" + MINTER.hex(), "to": "0x" + WALLET.hex(), "value": "250"}
+            ]
+            assert not found["final"] and (await answer(b"\x09" * 32))["block_number"] is None
+
+            # a reorganisation takes it away, and puts it into another block
+            node.reorganise(1, [[]])
+            await poke()
+
+            async def absent() -> bool:
+                return (await answer())["block_number"] is None
+
+            await eventually(absent)
+            again = node.mine([mint(250)])
+            await poke()
+
+            async def back() -> bool:
+                if (await answer())["block_hash"] != again.hash:
+                    await poke()
+                return bool((await answer())["block_hash"] == again.hash)
+
+            if again.txs[-1][0] == tx:
+                await eventually(back)
+
+            # what our follower contradicts is no answer
+            await database.pool.execute(
+                "INSERT INTO indexer.block (chain_id, number, hash, parent_hash, time_ms) VALUES ($1, $2, $3, $3, 0)",
+                chain.chain_id,
+                again.number,
+                b"\x0c" * 32,
+            )
+            async with database.pool.acquire() as conn:
+                await ask_chain(conn, [(chain.chain_id, again.txs[-1][0])])
+            await poke()
+
+            async def contradicted() -> bool:
+                return counted(metrics, "loyalty_chain_lookups_total", "outcome").get("contradicted", 0) > 0
+
+            await eventually(contradicted)
+            await database.pool.execute("DELETE FROM indexer.block WHERE hash = $1", b"\x0c" * 32)
+            await database.pool.execute("UPDATE indexer.chain SET finalized_number = 100")
+            await poke()
+
+            async def final() -> bool:
+                row = await answer(again.txs[-1][0])
+                if not row["final"]:
+                    await poke()
+                return bool(row["final"] and row["block_hash"] == again.hash)
+
+            await eventually(final)
+        finally:
+            running.cancel()
+            with suppress(asyncio.CancelledError):
+                await running
+
+
+def _moved(row: asyncpg.Record) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = row["transfer"]
+    return found

@@ -1,0 +1,63 @@
+"""Loyfin's API from a simulated one: hints about actions under way or refused, and receipts beside our own events."""
+
+from __future__ import annotations
+
+import json
+import random
+
+from indexer.model.types import Address
+from indexer.partners.loyfin import LoyfinPoller
+from indexer.sandbox.partners.loyfin import LoyfinApi, Mined
+from indexer.store.database import Database
+from tests.partner_office import BRAND, Time, office
+from tests.world import ISSUER, World, hexa
+
+
+def action(leg: dict[str, str]) -> dict[str, str]:
+    return {
+        "issuer": leg["issuer"], "from": leg["holder"], "loyaltyId": leg["loyaltyId"], "amount": leg["amount"], "nonce": leg["nonce"],
+        "operationHash": leg.get("operationHash", "0x" + "00" * 32), "chainId": leg["chainId"], "verifyingContract": "0x" + "fa" * 20,
+    }  # fmt: skip
+
+
+async def test_hints_come_and_go_and_differences_are_shown(database: Database, dsn: str) -> None:
+    time = Time()
+    api = LoyfinApi(seed=2, clock=time.now)
+    async with World.at(dsn) as world, office(database, api, time, name="loyfin") as desk:
+        rng = random.Random(1)
+        legs = [world.leg(nonce=hexa(rng.randbytes(32)), operationHash=hexa(rng.randbytes(32))) for _ in range(3)]
+        operations = [await world.register(leg, reference=f"r{n}") for n, leg in enumerate(legs)]
+        stored = [api.store("redemption", action(leg), "0x5157")[0] for leg in legs]
+        for _ in range(120):
+            api.stranger()  # of other brands: pages of them
+        poller = LoyfinPoller(desk.desk, [Address(ISSUER)], 15.0)
+        await desk.touched()
+        api.submitted(stored[0], "0x" + "0a" * 32)
+        api.ended(stored[1], "cancelled")
+        await poller.look()
+        hints = {row["record_id"]: row for row in await desk.rows("SELECT * FROM indexer.partner_hint")}
+        assert {(h["status"], h["reason"]) for h in hints.values()} == {("submitted", None), ("rejected", "cancelled")}
+        assert await desk.touched() == set(operations[:2])
+        assert "5157" not in json.dumps([r[0] for r in await desk.rows("SELECT raw FROM indexer.partner_record")])
+        await poller.look()
+        assert await desk.touched() == set()
+
+        # the first is mined: our follower holds the event, and the API says another block
+        await world.event(5, legs[0])
+        await world.heads(head=9, safe=9, finalized=9)
+        await database.pool.execute(
+            "INSERT INTO indexer.touched_operation (operation_id) SELECT id FROM indexer.operation"
+        )
+        told = await world.settle()
+        assert "operation.ready" in told
+        await database.pool.execute(
+            "UPDATE indexer.outbox SET sequence = position WHERE brand = $1", BRAND
+        )  # as the sequencer does
+        ours = (await desk.rows("SELECT * FROM indexer.movement"))[0]
+        api.mined(stored[0], Mined("0x" + ours["tx_hash"].hex(), 77, 0, "0x" + "70" * 20))
+        await poller.cross_check()
+        assert desk.oddities()["difference"] == 1
+        state = (await desk.rows("SELECT state FROM indexer.partner_account WHERE partner = 'loyfin'"))[0][0]
+        assert "block 77 in the API, 5 on the chain" in state["differences"][0]["what"]
+        await poller.cross_check()
+        assert desk.oddities()["difference"] == 1  # each is told once

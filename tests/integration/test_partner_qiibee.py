@@ -1,0 +1,132 @@
+"""qiibee's transactions from a simulated partner on a socket into a real store; and nobody's name with them."""
+
+from __future__ import annotations
+
+import json
+
+from indexer.sandbox.partners.movement import AT_ONCE, Course
+from indexer.sandbox.partners.qiibee import BASE, Qiibee
+from indexer.store.database import Database
+from tests.partner_office import KEY, Time, office
+
+
+def credit(auth_id: str, amount: int) -> dict[str, str]:
+    return {"kind": "qiibee.credit", "walletId": auth_id, "amount": str(amount)}
+
+
+async def test_transactions_become_evidence_change_vanish_and_leave_no_name(database: Database) -> None:
+    time = Time()
+    partner = Qiibee(seed=5, clock=time.now, keys=[KEY])
+    ada, ben = partner.enrol(), partner.enrol()
+    async with office(database, partner, time, name="qiibee", base=BASE, header="X-API-KEY") as desk:
+        poller = desk.qiibee(settle_after=0.4)
+        operation = await desk.register(credit(ada.auth_id, 25), reference="a")
+        pending = partner.credit(ada, 25, Course(0.0, 0.0, None))
+        done = partner.credit(ada, 25, AT_ONCE)
+        debit = partner.debit(ben, 100, AT_ONCE)
+        partner.credit(ben, 15, Course(0.0, 0.0, 0.0, fails=True))
+        partner.other_event("points_to_rewards", ben, 5)
+        await poller.look()
+        found = {t["record_id"]: t for t in await desk.transfers()}
+        assert (found[done.id]["status"], int(found[done.id]["amount"])) == ("succeeded", 25)
+        assert found[done.id]["wallet"] == ada.auth_id and found[done.id]["token"] == str(partner.token.id)
+        assert found[pending.id]["status"] == "pending"
+        assert (found[debit.id]["kind"], int(found[debit.id]["amount"])) == ("qiibee.debit", 100)
+        assert len(found) == 4  # a reward is kept as a record and is no evidence
+        assert await desk.touched() == {operation}
+
+        # it must stand for a while; when it has, the reconciler hears of it, once
+        await poller.look()
+        assert await desk.touched() == set()
+        while True:
+            await poller.look()
+            row = {t["record_id"]: t for t in await desk.transfers()}[done.id]
+            if (row["seen_at"] - row["settled_at"]).total_seconds() >= 0.4:
+                break
+        assert await desk.touched() == {operation}
+        await poller.look()
+        assert await desk.touched() == set()
+
+        # changed: another hash un-settles and settles anew; another word un-settles
+        done.inclusion += 1
+        await poller.look()
+        again = {t["record_id"]: t for t in await desk.transfers()}[done.id]
+        assert again["tx_hash"] != row["tx_hash"] and again["settled_at"] > row["settled_at"]
+        done.turned_at = time.now()
+        await poller.look()
+        assert {t["record_id"]: t for t in await desk.transfers()}[done.id]["status"] == "failed"
+        assert desk.oddities()["unsettled"] == 2
+
+        # gone: after two sweeps
+        time.ahead += 2  # a sweep speaks of what is older than its end
+        debit.deleted_at = time.now()
+        for expected in (None, "withdrawn"):
+            await poller.sweep_if_due()
+            gone = {t["record_id"]: t for t in await desk.transfers()}[debit.id]["withdrawn_at"]
+            assert (gone is not None) is (expected is not None)
+
+        stored = json.dumps([row[0] for row in await desk.rows("SELECT raw FROM indexer.partner_record")])
+        for user in (ada, ben):
+            for word in ("email", "first_name", "id"):
+                assert user.person[word] not in stored
+        assert "Muster" not in stored and ada.auth_id in stored
+        versions = await desk.rows("SELECT record_id, count(*) FROM indexer.partner_record GROUP BY 1 ORDER BY 2 DESC")
+        assert versions[0][1] <= 3  # a token's status, which moves by itself, makes no version
+
+
+async def test_ties_and_inserts_while_paging_lose_nothing(database: Database) -> None:
+    time = Time()
+    partner = Qiibee(seed=6, clock=time.now, keys=[KEY])
+    users = [partner.enrol() for _ in range(5)]
+    async with office(database, partner, time, name="qiibee", base=BASE, header="X-API-KEY") as desk:
+        poller = desk.qiibee()
+        for number in range(320):  # whole seconds, all of them the same
+            partner.credit(users[number % 5], number + 1, AT_ONCE)
+        partner.weather.begin("page_drift", "duplicates", "disorder")
+        await poller.look()
+        partner.weather.end()
+        time.ahead += 2
+        await poller.sweep_if_due()
+        found = {t["record_id"] for t in await desk.transfers()}
+        assert found == set(partner.movements)
+        assert desk.oddities()["page_drift"] and desk.oddities()["duplicate"]
+
+
+async def test_each_oddity_moves_a_counter_and_takes_nothing_back(database: Database) -> None:
+    time = Time()
+    partner = Qiibee(seed=8, clock=time.now, keys=[KEY])
+    user = partner.enrol()
+    async with office(database, partner, time, name="qiibee", base=BASE, header="X-API-KEY") as desk:
+        poller = desk.qiibee()
+        for amount in range(1, 20):
+            time.ahead += 1
+            partner.credit(user, amount, AT_ONCE)
+        await poller.look()
+        settled = sorted((t["record_id"], t["status"], t["amount"]) for t in await desk.transfers())
+        for fault, counter in [
+            ("retyped", "type"),
+            ("missing_field", "missing_field"),
+            ("disorder", "disorder"),
+            ("duplicates", "duplicate"),
+            ("empty_list", "empty_list"),
+        ]:
+            partner.weather.begin(fault)
+            for _ in range(6):  # one of several fields drifts at a time
+                await poller.look()
+                if desk.oddities().get(counter):
+                    break
+            partner.weather.end()
+            assert desk.oddities().get(counter), (fault, desk.oddities())
+        await poller.look()
+        assert sorted((t["record_id"], t["status"], t["amount"]) for t in await desk.transfers()) == settled
+        assert "unsettled" not in desk.oddities()
+
+        # words that nobody knows: an event of a new type is kept, a row of a new status is neither settled nor failed
+        partner.weather.begin("unknown_word")
+        for _ in range(12):
+            await poller.look()
+        partner.weather.end()
+        assert desk.oddities()["unknown_word"]
+        assert {t["status"] for t in await desk.transfers()} <= {"succeeded", "pending"}
+        await poller.look()
+        assert sorted((t["record_id"], t["status"], t["amount"]) for t in await desk.transfers()) == settled
