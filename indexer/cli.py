@@ -9,9 +9,8 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn
 from uuid import UUID
 
 import asyncpg
@@ -19,17 +18,29 @@ import msgspec
 import typer
 
 from indexer import terminal
+from indexer.commands import checking, rereading, restored, signals, sql_users, webhooks
+from indexer.commands.wiring import (
+    FAILED,
+    TRY_AGAIN,
+    USAGE,
+    ConfigOption,
+    EmbeddedOption,
+    Failure,
+    JsonOption,
+    LogOption,
+    load_config,
+    on_database,
+    plain,
+    resolve_operation_id,
+)
 from indexer.config import Config, ConfigProblems, json_schema, load, unused
 from indexer.model.operation import State
-from indexer.store import chains, embedded, functions, overview, queries, schema, signals, tokens
+from indexer.store import chains, embedded, functions, overview, queries, schema, tokens
 from indexer.store.brands import IssuerMoved
 from indexer.store.connection import Connection
-from indexer.store.database import Database, DatabaseUnavailable
+from indexer.store.database import DatabaseUnavailable
 from indexer.store.programs import EmbeddedError
 from indexer.telemetry import configure_logging
-
-DONE, FAILED, USAGE, TRY_AGAIN = 0, 1, 2, 75
-Result = TypeVar("Result")
 
 app = typer.Typer(
     name="indexer",
@@ -40,45 +51,17 @@ app = typer.Typer(
 )
 operations_app = typer.Typer(help="Operations that brands wait for.", no_args_is_help=True)
 tokens_app = typer.Typer(help="Tokens for the HTTP API.", no_args_is_help=True)
-webhooks_app = typer.Typer(help="Endpoints that signals are posted to.", no_args_is_help=True)
 config_app = typer.Typer(help="The configuration.", no_args_is_help=True)
 app.add_typer(operations_app, name="operations")
 app.add_typer(tokens_app, name="tokens")
-app.add_typer(webhooks_app, name="webhooks")
+app.add_typer(signals.app, name="signals")
+app.add_typer(webhooks.app, name="webhooks")
 app.add_typer(config_app, name="config")
-
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="indexer.toml (default: INDEXER_CONFIG, ./, /etc/indexer/).")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
-EmbeddedOption = Annotated[bool, typer.Option("--embedded", help="The PostgreSQL that runs under state_dir.")]
-LogOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
-
-
-class Failure(Exception):
-    """A command that cannot do what it was asked; the message says why and what to do."""
-
-    def __init__(self, message: str, code: int = FAILED, detail: Any = None) -> None:
-        super().__init__(message)
-        self.code, self.detail = code, detail
-
-
-def _load(path: Path | None, embedded_database: bool) -> Config:
-    config = load(path, os.environ, embedded=embedded_database)
-    for warning in (*config.warnings, *unused(config)):
-        terminal.warn(str(warning))
-    return config
-
-
-async def _with_database(config: Config, is_embedded: bool, work: Callable[[Connection], Awaitable[Result]]) -> Result:
-    url = embedded.url_of(config.state_dir) if is_embedded else config.database.url
-    async with await Database.connect(url, pool_size=1) as database, database.pool.acquire() as conn:
-        await schema.check(conn)
-        return await work(conn)
-
-
-def _on_database(path: Path | None, is_embedded: bool, work: Callable[[Connection], Awaitable[Result]]) -> Result:
-    return asyncio.run(_with_database(_load(path, is_embedded), is_embedded, work))
+app.command()(restored.restored)
+app.command()(rereading.audit)
+app.command()(rereading.replay)
+app.command()(rereading.redecode)
+app.add_typer(sql_users.app, name="sql-user")
 
 
 # ------------------------------------------------------------------------------------------------ running
@@ -95,10 +78,17 @@ def run(
     """Run the daemon until SIGTERM."""
     from indexer.daemon import serve  # only this verb needs every room
 
-    tree = _load(config, embedded_database)
+    tree = load_config(config, embedded_database)
     configure_logging(level=log_level, secrets=tree.secrets())
+
+    def reread() -> Config:
+        again = load(config, os.environ, embedded=embedded_database)
+        # of both readings: attempts under way still use what was rotated out
+        configure_logging(level=log_level, secrets=[*tree.secrets(), *again.secrets()])
+        return again
+
     with terminal.backfill_progress() as progress:
-        asyncio.run(serve(tree, embedded=embedded_database, progress=progress))
+        asyncio.run(serve(tree, embedded=embedded_database, progress=progress, reread=reread))
 
 
 @app.command()
@@ -121,7 +111,7 @@ def migrate(
     as_json: JsonOption = False,
 ) -> None:
     """Bring the database's schema to this version's. Run it as the owner of the database."""
-    tree = _load(config, is_embedded)
+    tree = load_config(config, is_embedded)
     # the owner's session, and never through a pooler: migrations lock
     url = (
         embedded.url_of(tree.state_dir, "indexer_owner")
@@ -137,7 +127,7 @@ def migrate(
 @app.command()
 def status(config: ConfigOption = None, is_embedded: EmbeddedOption = False, as_json: JsonOption = False) -> None:
     """Heads, history, leases and what waits, as the database knows them."""
-    seen = _on_database(config, is_embedded, overview.overview)
+    seen = on_database(config, is_embedded, overview.overview)
     terminal.answer(msgspec.to_builtins(seen, builtin_types=(msgspec.Raw,)), as_json, terminal.status_text)
 
 
@@ -167,7 +157,7 @@ def resume(
                 await chains.resume(conn, int(found.chain_id), accept_chain=accept_chain)
         return found
 
-    seen = _plain(_on_database(config, is_embedded, decide))
+    seen = plain(on_database(config, is_embedded, decide))
     told = {"chain": chain, "latch": seen["latch"], "decided": "accept-chain" if accept_chain else "keep-ours"}
     if accept_chain == keep_ours:
         terminal.answer({**told, "decided": None}, as_json, lambda d: f"{chain}: {json.dumps(d['latch'])}")
@@ -197,10 +187,10 @@ def balances(
             holder = address(wallet, "wallet")
         except BadValue as error:
             raise Failure(str(error), USAGE) from None
-        data = _on_database(config, is_embedded, lambda conn: queries.balances_of(conn, holder, brand))
+        data = on_database(config, is_embedded, lambda conn: queries.balances_of(conn, holder, brand))
     partners: list[Any] = []
     if keyban is not None or qiibee is not None:
-        tree = _load(config, is_embedded)
+        tree = load_config(config, is_embedded)
         partners = asyncio.run(partner_balances(tree, keyban=keyban, qiibee=qiibee, brand=brand))
         if not partners:
             raise Failure("no account at that partner is configured", USAGE)
@@ -226,12 +216,12 @@ def list_operations(
     """Operations, newest registration first."""
     if unknown := sorted(set(status or ()) - {state.value for state in State}):
         raise Failure(f"no such status: {', '.join(unknown)}; known are {', '.join(State)}", USAGE)
-    page = _on_database(
+    page = on_database(
         config,
         is_embedded,
         lambda conn: queries.operations(conn, brand=brand, states=status, limit=limit, cursor=cursor),
     )
-    terminal.answer(_plain(page), as_json, terminal.operations_text)
+    terminal.answer(plain(page), as_json, terminal.operations_text)
 
 
 @operations_app.command("show")
@@ -244,12 +234,12 @@ def show_operation(
     """One operation with its legs, evidence, conflicts, history and receipts."""
 
     async def find(conn: Connection) -> queries.Operation | None:
-        return await queries.operation(conn, await _resolve_id(conn, operation))
+        return await queries.operation(conn, await resolve_operation_id(conn, operation))
 
-    found = _on_database(config, is_embedded, find)
+    found = on_database(config, is_embedded, find)
     if found is None:
         raise Failure(f"no operation {operation}")
-    terminal.answer(_plain(found), as_json, terminal.operation_text)
+    terminal.answer(plain(found), as_json, terminal.operation_text)
 
 
 @operations_app.command("register")
@@ -261,9 +251,9 @@ def register_operation(
 ) -> None:
     """Register what a brand waits for. Idempotent by its reference."""
     text = sys.stdin.read() if str(file) == "-" else file.read_text()
-    done = _on_database(config, is_embedded, lambda conn: functions.register_operation(conn, text))
+    done = on_database(config, is_embedded, lambda conn: functions.register_operation(conn, text))
     terminal.answer(
-        _plain(done), as_json, lambda d: f"{d['id']} {'registered' if d['created'] else 'was registered before'}"
+        plain(done), as_json, lambda d: f"{d['id']} {'registered' if d['created'] else 'was registered before'}"
     )
 
 
@@ -274,10 +264,10 @@ def cancel_operation(
     """Record that the brand no longer wants it. A signed action may still be executed until `executableUntil`."""
 
     async def cancel(conn: Connection) -> functions.Cancelled:
-        return await functions.cancel(conn, await _resolve_id(conn, operation))
+        return await functions.cancel(conn, await resolve_operation_id(conn, operation))
 
-    done = _on_database(config, is_embedded, cancel)
-    terminal.answer(_plain(done), as_json, lambda d: f"accepted; executable until {d['executableUntil'] or 'for ever'}")
+    done = on_database(config, is_embedded, cancel)
+    terminal.answer(plain(done), as_json, lambda d: f"accepted; executable until {d['executableUntil'] or 'for ever'}")
 
 
 @operations_app.command("fulfil")
@@ -296,10 +286,10 @@ def fulfil_operation(
         raise Failure(f"--receipt is not JSON: {error}", USAGE) from None
 
     async def fulfil(conn: Connection) -> functions.Fulfilled:
-        return await functions.fulfil(conn, await _resolve_id(conn, operation), generation, body)
+        return await functions.fulfil(conn, await resolve_operation_id(conn, operation), generation, body)
 
-    done = _on_database(config, is_embedded, fulfil)
-    terminal.answer(_plain(done), as_json, lambda d: f"{d['outcome']} (generation {d['generation']})")
+    done = on_database(config, is_embedded, fulfil)
+    terminal.answer(plain(done), as_json, lambda d: f"{d['outcome']} (generation {d['generation']})")
     if done.outcome != "fulfilled":
         raise typer.Exit(FAILED)
 
@@ -324,24 +314,11 @@ def resolve_operation(
     async def resolve(conn: Connection) -> functions.Resolved:
         name = actor or os.environ.get("USER") or f"uid {os.getuid()}"
         return await functions.resolve(
-            conn, await _resolve_id(conn, operation), evidence, accept is not None, reason, name
+            conn, await resolve_operation_id(conn, operation), evidence, accept is not None, reason, name
         )
 
-    done = _on_database(config, is_embedded, resolve)
-    terminal.answer(_plain(done), as_json, lambda d: d["outcome"])
-
-
-async def _resolve_id(conn: Connection, given: str) -> UUID:
-    """An operation's id from itself or from a brand's reference."""
-    try:
-        if await queries.brand_of(conn, UUID(given)) is not None:
-            return UUID(given)
-    except ValueError:
-        pass
-    page = await queries.operations(conn, reference=given, limit=2)
-    if len(page.data) != 1:
-        raise Failure(f"{'no' if not page.data else 'more than one'} operation with reference {given!r}")
-    return page.data[0].id
+    done = on_database(config, is_embedded, resolve)
+    terminal.answer(plain(done), as_json, lambda d: d["outcome"])
 
 
 # ------------------------------------------------------------------------------------------------ tokens
@@ -357,15 +334,15 @@ def add_token(
     as_json: JsonOption = False,
 ) -> None:
     """Make a token and print it, the only time that it is seen."""
-    token, row = _on_database(config, is_embedded, lambda conn: tokens.add(conn, name, brand, scope))
-    terminal.answer({**_plain(row), "token": token}, as_json, lambda d: d["token"])
+    token, row = on_database(config, is_embedded, lambda conn: tokens.add(conn, name, brand, scope))
+    terminal.answer({**plain(row), "token": token}, as_json, lambda d: d["token"])
 
 
 @tokens_app.command("list")
 def list_tokens(config: ConfigOption = None, is_embedded: EmbeddedOption = False, as_json: JsonOption = False) -> None:
     """Every token, revoked ones too; never the token itself."""
-    rows = _on_database(config, is_embedded, tokens.list_tokens)
-    terminal.answer({"data": [_plain(row) for row in rows]}, as_json, terminal.tokens_text)
+    rows = on_database(config, is_embedded, tokens.list_tokens)
+    terminal.answer({"data": [plain(row) for row in rows]}, as_json, terminal.tokens_text)
 
 
 @tokens_app.command("revoke")
@@ -373,49 +350,23 @@ def revoke_token(
     token_id: UUID, config: ConfigOption = None, is_embedded: EmbeddedOption = False, as_json: JsonOption = False
 ) -> None:
     """End a token; it works for a few seconds more at the most."""
-    if not _on_database(config, is_embedded, lambda conn: tokens.revoke(conn, token_id)):
+    if not on_database(config, is_embedded, lambda conn: tokens.revoke(conn, token_id)):
         raise Failure(f"no token {token_id}, or it was revoked before")
     terminal.answer({"revoked": str(token_id)}, as_json, lambda d: f"revoked {d['revoked']}")
-
-
-# ------------------------------------------------------------------------------------------------ webhooks
-
-
-@webhooks_app.command("enable")
-def enable_webhook(
-    brand: str, name: str, config: ConfigOption = None, is_embedded: EmbeddedOption = False, as_json: JsonOption = False
-) -> None:
-    """Take up an endpoint again that answered 410 or was paused."""
-    _switch(config, is_embedded, as_json, brand, name, "enabled", signals.enable_webhook)
-
-
-@webhooks_app.command("pause")
-def pause_webhook(
-    brand: str, name: str, config: ConfigOption = None, is_embedded: EmbeddedOption = False, as_json: JsonOption = False
-) -> None:
-    """Hold an endpoint's deliveries; they go on when it is enabled."""
-    _switch(config, is_embedded, as_json, brand, name, "paused", signals.pause_webhook)
-
-
-def _switch(
-    config: Path | None,
-    is_embedded: bool,
-    as_json: bool,
-    brand: str,
-    name: str,
-    done: str,
-    switch: Callable[[Connection, str, str], Awaitable[bool]],
-) -> None:
-    if not _on_database(config, is_embedded, lambda conn: switch(conn, brand, name)):
-        raise Failure(f"webhook {brand}/{name} is {done} already, or is not configured")
-    terminal.answer({"brand": brand, "webhook": name, "is": done}, as_json, lambda d: f"{brand}/{name} is {done}")
 
 
 # ------------------------------------------------------------------------------------------------ configuration
 
 
 @config_app.command("check")
-def check_config(config: ConfigOption = None, is_embedded: EmbeddedOption = False, as_json: JsonOption = False) -> None:
+def check_config(
+    config: ConfigOption = None,
+    online: Annotated[
+        bool, typer.Option("--online", help="Try the endpoints too: who they are, what they answer, what it costs.")
+    ] = False,
+    is_embedded: EmbeddedOption = False,
+    as_json: JsonOption = False,
+) -> None:
     """Read the configuration as the daemon would, and print every problem at once."""
     try:
         tree = load(config, os.environ, embedded=is_embedded)
@@ -425,11 +376,21 @@ def check_config(config: ConfigOption = None, is_embedded: EmbeddedOption = Fals
         terminal.answer({"ok": False, "problems": [vars_of(problem) for problem in error.problems]}, True, str)
         raise typer.Exit(USAGE) from None
     found = [str(warning) for warning in (*tree.warnings, *unused(tree))]
+    tried = checking.try_endpoints(tree) if online else []
+    problems = checking.problems_of(tried)
     terminal.answer(
-        {"ok": True, "problems": [], "warnings": found},
+        {"ok": not problems, "problems": problems, "warnings": found} | ({"chains": tried} if online else {}),
         as_json,
-        lambda d: "\n".join([*(f"warning: {w}" for w in found), "ok"]),
+        lambda d: "\n".join(
+            [
+                *(f"warning: {w}" for w in found),
+                *([checking.online_text(tried)] if tried else []),
+                "ok" if d["ok"] else f"{len(problems)} problems, named above",
+            ]
+        ),
     )
+    if problems:
+        raise typer.Exit(FAILED)
 
 
 def vars_of(problem: Any) -> dict[str, str]:
@@ -441,11 +402,6 @@ def config_schema(as_json: JsonOption = False) -> None:
     """The JSON schema of indexer.toml."""
     del as_json  # it is JSON either way
     typer.echo(json.dumps(json_schema(), indent=2))
-
-
-def _plain(value: object) -> Any:
-    """A struct of the store as JSON values; raw JSON inside it read again."""
-    return msgspec.json.decode(msgspec.json.encode(value))
 
 
 def _refused(error: asyncpg.PostgresError) -> Failure | None:

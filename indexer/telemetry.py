@@ -87,7 +87,11 @@ class Metrics:
         self.witnesses = self._gauge("witnesses", "Live endpoints that agree on the head", ("chain",))
         self.latched = self._gauge("finality_violation", "1 while a finality violation is latched", ("chain",))
         self.events = self._counter("events", "Events stored", ("chain", "event"))
-        self.lookalikes = self._counter("lookalikes", "Logs of emitters that may not say that", ("chain", "reason"))
+        self.lookalikes = self._counter(
+            "lookalikes",
+            "Logs that only look like our events, of those that were read for our own emitters; strangers' are not asked for",
+            ("chain", "reason"),
+        )
         self.repeated = self._counter("repeated_events", "Second canonical events of one identity", ("chain", "kind"))
         self.quarantined_logs = self._counter("quarantined_logs", "Logs stored raw: not readable", ("chain", "reason"))
         self.reorganisations = self._counter("reorganisations", "Reorganisations followed", ("chain",))
@@ -98,6 +102,9 @@ class Metrics:
         self.backfill_events = self._counter("backfill_events", "Events found in history", ("chain",))
         self.second_looks = self._counter("second_look_blocks", "Blocks read a second time", ("chain",))
         self.differences = self._counter("second_look_differences", "Logs a second look corrected", ("chain",))
+        self.reread_differences = self._counter(
+            "reread_differences", "Logs that an audit or a replay read otherwise", ("chain", "finding", "outcome")
+        )
         self.covered_blocks = self._gauge(
             "covered_blocks", "Blocks covered, summed over emitters", ("chain", "verdict")
         )
@@ -139,12 +146,24 @@ class Metrics:
         self.oldest_unsent = self._gauge(
             "oldest_unsent_age_seconds", "Age of the oldest undelivered signal", ("brand",)
         )
+        self.oldest_held = self._gauge(
+            "oldest_held_age_seconds", "Age of the oldest signal that a stopped endpoint waits with", ("brand",)
+        )
         self.dead_letters = self._gauge("dead_letters", "Deliveries given up", ("brand", "webhook"))
+        self.webhooks_stopped = self._gauge(
+            "webhook_stopped", "1 while an endpoint gets nothing: paused, failing, gone", ("brand", "webhook", "why")
+        )
+        self.endpoints_stopped = self._counter(
+            "webhook_stops",
+            "Endpoints stopped because they failed for too long or are gone",
+            ("brand", "webhook", "why"),
+        )
 
         # ------------------------------------------------------------- this process
         self.leases = self._gauge("leases_held", "1 for each task that this process holds", ("task",))
         self.leases_lost = self._counter("leases_lost", "Leases that ended while held", ("task",))
         self.loop_restarts = self._counter("loop_restarts", "Loops restarted after an error", ("task", "error"))
+        self.forgotten = self._counter("forgotten_rows", "Rows deleted because they are over and old", ("what",))
         self.time_spent = self._counter("time_spent_seconds", "What loops spend time on", ("task", "activity"))
         self.listening = self._gauge("listen_connected", "1 while the LISTEN connection stands")
         self.http_requests = self._counter("http_requests", "HTTP requests answered", ("route", "method", "status"))
@@ -175,6 +194,10 @@ class Metrics:
         """Unix seconds at which the brand's oldest undelivered signal was made; None: all are delivered."""
         self._age(self.oldest_unsent, (brand,), since)
 
+    def saw_oldest_held(self, brand: str, since: float | None) -> None:
+        """Unix seconds at which the oldest signal was made that waits for a stopped endpoint; None: none does."""
+        self._age(self.oldest_held, (brand,), since)
+
     @contextmanager
     def spending(self, task: str, activity: Activity) -> Iterator[None]:
         """Adds the time of the block to what `task` spent on `activity`."""
@@ -186,10 +209,11 @@ class Metrics:
 
     def forget_database(self) -> None:
         """Drops what describes the whole database: only the holder of the lease reports it."""
-        gauges = (self.operations, self.unmatched, self.exposures, self.oldest_open, self.oldest_unsent)
-        for gauge in (*gauges, self.dead_letters, self.covered_blocks):
+        ages = (self.oldest_open, self.oldest_unsent, self.oldest_held)
+        counts = (self.operations, self.unmatched, self.exposures, self.dead_letters, self.webhooks_stopped)
+        for gauge in (*ages, *counts, self.covered_blocks):
             gauge.clear()
-        self._since = {key: since for key, since in self._since.items() if key[0] not in gauges}
+        self._since = {key: since for key, since in self._since.items() if key[0] not in ages}
         self.touched.set(0)
 
     def exposition(self) -> bytes:

@@ -110,6 +110,64 @@ def tokens_text(document: dict[str, Any]) -> Table:
     return table
 
 
+def webhooks_text(document: dict[str, Any]) -> str:
+    lines = []
+    for row in document["data"]:
+        waiting = f"{row['waiting']} waiting" + (f" since {row['oldestWaiting']}" if row["oldestWaiting"] else "")
+        lines.append(f"{row['brand']}/{row['name']}  {row['state']}, {waiting}, {row['deadLetters']} dead letters")
+        if row["reason"]:
+            lines.append(f"  since {row['since']}: {row['reason']}")
+        elif row["failingSince"]:
+            lines.append(f"  all of {row['failures']} attempts since {row['failingSince']} have failed")
+    return "\n".join(lines) or "no webhooks"
+
+
+def signals_text(document: dict[str, Any]) -> str:
+    lines = []
+    for row in document["data"]:
+        number = "without a number yet" if row["sequence"] is None else f"number {row['sequence']}"
+        lines.append(f"{row['id']}  {row['type']}, {number} of {row['brand']}, {row['createdAt']}")
+        if row["operationId"]:
+            lines.append(f"  operation {row['operationId']}, generation {row['generation']}")
+        lines += [f"  {_delivery_text(delivery)}" for delivery in row["deliveries"]]
+    if document["more"]:
+        lines.append("there are more: --limit")
+    return "\n".join(lines) or "no such signals"
+
+
+def _delivery_text(row: dict[str, Any]) -> str:
+    reason = f": {row['error']}" if row["error"] and row["state"] != "delivered" else ""
+    return f"{row['webhook']} {row['state']}, {row['attempts']} attempts{reason}"
+
+
+def signal_text(row: dict[str, Any]) -> str:
+    lines = [
+        f"{row['type']} {row['id']}",
+        f"  brand       {row['brand']}, sequence {row['sequence'] or '(not numbered yet)'}, generation {row['generation']}",
+        f"  operation   {row['operationId'] or 'none'}",
+        f"  made        {row['createdAt']}",
+    ]
+    for word in ("supersedes", "supersededBy"):
+        if row[word]:
+            lines.append(f"  {word:<12}{row[word]}")
+    for delivery in row["deliveries"]:
+        later = f", next attempt {delivery['nextAt']}" if delivery["nextAt"] else ""
+        lines.append(f"  {_delivery_text(delivery)}{later}")
+        for made in row["attempts"]:
+            if made["webhook"] == delivery["webhook"]:
+                outcome = made["error"] or f"HTTP {made['status']}"
+                answer = f"; {made['answer']}" if made["answer"] else ""
+                lines.append(f"    {made['number']:>3}  {made['begunAt']}  {made['seconds']:.3f} s  {outcome}{answer}")
+    return "\n".join(lines)
+
+
+def sql_users_text(document: dict[str, Any]) -> Table:
+    table = _table("name", "brand", "created")
+    for row in document["data"]:
+        table.add_row(row["name"], row["brand"] or "every, to read", row["createdAt"] or "")
+    return table
+
+
 def balances_text(document: dict[str, Any]) -> Table:
     table = _table("chain", "programme", "issuer", "expires", "balance", "source", "history")
     for row in document["data"]:
@@ -147,6 +205,13 @@ def status_text(seen: dict[str, Any]) -> str:
             lines.append(f"  FINALITY VIOLATION: no signals for this chain. {bytes(chain['latch']).decode()}")
     for unsent in seen["unsent"]:
         lines.append(f"brand {unsent['brand']}: oldest unsent signal {unsent['seconds']:.0f} s old")
+    for hook in seen["webhooks"]:
+        if hook["state"] != "active":
+            lines.append(
+                f"webhook {hook['brand']}/{hook['name']} is {hook['state'].upper()}: {hook['reason'] or 'not configured'}; {hook['waiting']} wait"
+            )
+        elif hook["deadLetters"]:
+            lines.append(f"webhook {hook['brand']}/{hook['name']}: {hook['deadLetters']} dead letters")
     for lease in seen["leases"]:
         lines.append(
             f"task {lease['task']:<18}{'held by ' + str(lease['holder']) if lease['held'] else 'free'} (epoch {lease['epoch']})"
@@ -157,8 +222,8 @@ def status_text(seen: dict[str, Any]) -> str:
 class BackfillProgress:
     """Blocks of history done, with rate and time left: a bar on a terminal, a log line now and then elsewhere."""
 
-    def __init__(self, bars: Progress | None) -> None:
-        self._bars = bars
+    def __init__(self, bars: Progress | None, what: str = "history") -> None:
+        self._bars, self._what = bars, what
         self._tasks: dict[str, TaskID] = {}
         self._begun: dict[str, tuple[float, int]] = {}
         self._told: dict[str, float] = {}
@@ -181,7 +246,7 @@ class BackfillProgress:
             self._told[chain] = now
             left = round((total - done) / rate) if rate else None
             log.info(
-                "history",
+                self._what,
                 chain=chain,
                 blocks=done,
                 of=total,
@@ -194,13 +259,13 @@ class BackfillProgress:
 
 
 @contextmanager
-def backfill_progress() -> Iterator[BackfillProgress]:
+def backfill_progress(what: str = "history") -> Iterator[BackfillProgress]:
     """A progress bar where standard error is a terminal."""
     if not sys.stderr.isatty():
-        yield BackfillProgress(None)
+        yield BackfillProgress(None, what)
         return
     bars = Progress(
-        TextColumn("history of {task.description}"),
+        TextColumn(f"{what} of {{task.description}}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %  {task.fields[events]} events  {task.fields[rate]}"),
         TimeRemainingColumn(),
@@ -208,4 +273,4 @@ def backfill_progress() -> Iterator[BackfillProgress]:
         transient=True,
     )
     with bars:
-        yield BackfillProgress(bars)
+        yield BackfillProgress(bars, what)

@@ -179,6 +179,66 @@ def judge_received(received: Sequence[tuple[UUID, UUID, int]], known: Collection
     return wrong
 
 
+@dataclass(frozen=True)
+class Delivery:
+    """What the dispatcher says became of a signal at one endpoint. `begun`: of the attempts that it wrote down, Unix seconds."""
+
+    signal: UUID
+    operation: UUID
+    sequence: int
+    type: str
+    state: str  # pending | delivered | superseded | dropped | dead
+    attempts: int
+    begun: tuple[float, ...] = ()
+    last_begun: float | None = None  # also of one that was cut off
+
+
+def judge_deliveries(
+    deliveries: Sequence[Delivery],
+    received: Collection[UUID],
+    taken_back: Mapping[UUID, float],
+    *,
+    most_attempts: int,
+    cut_off: int = 0,
+    dead_allowed: bool,
+) -> list[str]:
+    """One endpoint at rest, against what arrived there. `taken_back`: by when a signal's supersession had surely committed;
+    `cut_off`: how often a dispatcher may have died in the middle of an attempt, which is then made once more.
+    """
+    wrong: list[str] = []
+    for one in deliveries:
+        name = f"{one.type} {one.signal}, number {one.sequence}"
+        if one.state == "pending":
+            wrong.append(f"{name} is still waiting")
+        if one.state == "delivered" and one.signal not in received:
+            wrong.append(f"{name} counts as delivered, and never arrived")
+        if one.state in ("superseded", "dropped") and one.last_begun is None and one.signal in received:
+            wrong.append(f"{name} was {one.state} without an attempt, and arrived")
+        if one.state == "dropped" and STATUS_OF.get(one.type) not in ("submitted", "confirming"):
+            wrong.append(f"{name} was dropped, and is no hint")
+        if one.state == "superseded" and one.type in (READY, RESTORED) and one.signal not in taken_back:
+            wrong.append(f"{name} counts as superseded, and nothing took it back")
+        if one.state == "dead" and (not dead_allowed or one.attempts < most_attempts):
+            wrong.append(f"{name} is a dead letter after {one.attempts} attempts")
+        if one.attempts > most_attempts + cut_off:
+            wrong.append(f"{name} was attempted {one.attempts} times")
+        late = [at for at in (*one.begun, one.last_begun) if at is not None and at > taken_back.get(one.signal, at)]
+        if late and one.type in (READY, RESTORED):
+            wrong.append(f"an attempt of {name} began {late[0] - taken_back[one.signal]:.3f} s after it was taken back")
+    return wrong
+
+
+def settled_after(told: Iterable[Told]) -> bool:
+    """Whether the operation is settled, as far as someone knows who took these signals by the receivers' rule: what is not
+    above the last number taken is ignored, and the last one's status counts.
+    """
+    last: Told | None = None
+    for signal in told:
+        if signal.sequence is not None and (last is None or last.sequence is None or signal.sequence > last.sequence):
+            last = signal
+    return last is not None and last.status in ("ready", "fulfilled")
+
+
 def judge_states(expected: Mapping[str, str | Collection[str]], actual: Mapping[str, str]) -> list[str]:
     """Each operation's final state by reference; where the truth leaves a choice, several are given."""
     wrong = [f"{reference} was never asked about" for reference in actual.keys() - expected.keys()]
@@ -409,3 +469,21 @@ def _value(name: str, value: Any) -> Any:
     if name in ("bucket", "amount"):
         return int(value)
     return json.loads(value) if name == "args" and isinstance(value, str) else value
+
+
+async def read_deliveries(conn: asyncpg.Connection, webhook: str) -> list[Delivery]:
+    """Of one endpoint, in the order of the numbers."""
+    rows = await conn.fetch(
+        """
+        SELECT d.signal_id, d.aggregateid, d.sequence, d.type, d.state, d.attempts, extract(epoch FROM d.begun_at)::float8 AS last,
+               ARRAY(SELECT extract(epoch FROM a.begun_at)::float8 FROM indexer.delivery_attempt a
+                      WHERE a.signal_id = d.signal_id AND a.brand = d.brand AND a.webhook = d.webhook ORDER BY a.id) AS begun
+        FROM indexer.delivery d WHERE d.webhook = $1 ORDER BY d.sequence
+        """,
+        webhook,
+    )
+    return [
+        Delivery(row["signal_id"], row["aggregateid"], row["sequence"], row["type"], row["state"], row["attempts"],
+                 tuple(row["begun"]), row["last"])
+        for row in rows
+    ]  # fmt: skip

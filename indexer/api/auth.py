@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from indexer.api.problems import Problem
+from indexer.api.problems import BAD_REQUEST, FORBIDDEN, UNAUTHORIZED, Problem
 from indexer.store.tokens import Authenticator, Token
 
 AUTHENTICATOR: web.AppKey[Authenticator] = web.AppKey("authenticator", Authenticator)
@@ -23,19 +23,35 @@ async def authenticated(request: web.Request, scope: str) -> Token:
         detail = (
             "two Authorization headers" if header else "send Authorization: Bearer with a token of `indexer tokens`"
         )
-        raise Problem(401, detail, headers=_CHALLENGE)
+        raise Problem(UNAUTHORIZED, detail, headers=_CHALLENGE)
     scheme, _, credentials = header[0].partition(" ")
     if scheme.lower() != "bearer":
-        raise Problem(401, "send Authorization: Bearer with a token of `indexer tokens`", headers=_CHALLENGE)
+        raise Problem(UNAUTHORIZED, "send Authorization: Bearer with a token of `indexer tokens`", headers=_CHALLENGE)
     token = await request.app[AUTHENTICATOR].authenticate(credentials.strip())
     if token is None:
-        raise Problem(401, "the token is unknown or revoked", headers=_INVALID)
+        raise Problem(UNAUTHORIZED, "the token is unknown or revoked", headers=_INVALID)
     if scope not in token.scopes:
-        raise Problem(403, f"the token lacks the scope {scope}", extra={"scope": scope})
+        raise Problem(FORBIDDEN, f"the token lacks the scope {scope}", extra={"scope": scope})
     return token
 
 
 def may_act_for(token: Token, brand: object) -> None:
     """Refuses a brand that is not the token's. Raises Problem 403."""
     if token.brand is not None and isinstance(brand, str) and brand != token.brand:
-        raise Problem(403, f"the token belongs to brand {token.brand}", extra={"field": "brand"})
+        raise Problem(FORBIDDEN, f"the token belongs to brand {token.brand}", extra={"field": "brand"})
+
+
+def brand_asked(token: Token, stated: str | None) -> str | None:
+    """The one brand that is asked about; None for all of them, where the token may. Raises Problem 403."""
+    may_act_for(token, stated)
+    return token.brand or stated
+
+
+def one_brand(token: Token, stated: str | None) -> str:
+    """The same, where there is no asking about all. Raises Problem 400, 403."""
+    brand = brand_asked(token, stated)
+    if brand is None:
+        raise Problem(
+            BAD_REQUEST, "brand: a token of all brands must say which it asks about", extra={"field": "brand"}
+        )
+    return brand

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
 
-from indexer.api.problems import Problem
+from indexer.api.problems import BAD_REQUEST, NOT_JSON, TIMEOUT, UNPROCESSABLE, Kind, Problem
 
 MAX_BODY = 64 * 1024  # bytes
 BODY_SECONDS = 10.0  # for all of it to arrive
 MAX_DEPTH = 32
 MAX_DIGITS = 100  # of a number; a uint256 has 78
 MAX_EXPONENT = 300
+_FIELD = re.compile(r"field `([^`]*)`")
 
 
 class _Refused(ValueError):
@@ -41,16 +44,17 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _fraction(text: str) -> float:
+def _fraction(text: str) -> float | int:
     if len(text) > MAX_DIGITS:
         raise _Refused(f"a number has {len(text)} digits; at most {MAX_DIGITS} are read")
     try:
-        exponent = Decimal(text).adjusted()
+        number = Decimal(text)
     except InvalidOperation:
         raise _Refused("a number is out of range") from None
-    if abs(exponent) > MAX_EXPONENT:
+    if abs(number.adjusted()) > MAX_EXPONENT:
         raise _Refused("a number is out of range")
-    return float(text)
+    # 1.0 is an integer (RFC 8259 knows one kind of number, and so does JSON Schema)
+    return int(number) if number == number.to_integral_value() else float(text)
 
 
 def _constant(text: str) -> float:
@@ -83,18 +87,20 @@ def parse(raw: bytes) -> tuple[Any, str]:
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        raise Problem(400, f"the body is not UTF-8: byte {error.start + 1} belongs to no character") from None
+        raise Problem(BAD_REQUEST, f"the body is not UTF-8: byte {error.start + 1} belongs to no character") from None
     try:
         value = json.loads(
             text, object_pairs_hook=_pairs, parse_int=_integer, parse_float=_fraction, parse_constant=_constant
         )
         _check(value)
     except RecursionError:
-        raise Problem(400, f"the body is nested deeper than {MAX_DEPTH}") from None
+        raise Problem(BAD_REQUEST, f"the body is nested deeper than {MAX_DEPTH}") from None
     except json.JSONDecodeError as error:
-        raise Problem(400, f"the body is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+        raise Problem(
+            BAD_REQUEST, f"the body is not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from None
     except _Refused as error:
-        raise Problem(400, f"the body cannot be taken: {error}") from None
+        raise Problem(BAD_REQUEST, f"the body cannot be taken: {error}") from None
     return value, text
 
 
@@ -105,28 +111,36 @@ async def read_object(request: web.Request, *, optional: bool = False) -> tuple[
             raw = await request.read()
     except TimeoutError:
         raise Problem(
-            408, f"the body did not arrive within {BODY_SECONDS:.0f} s", headers={"Connection": "close"}
+            TIMEOUT, f"the body did not arrive within {BODY_SECONDS:.0f} s", headers={"Connection": "close"}
         ) from None
     if not raw.strip() and optional:
         return {}, "{}"
     kind = request.content_type
     if kind != "application/json" and not kind.endswith("+json"):
-        raise Problem(415, f"send the body with Content-Type: application/json, not {kind[:60]}")
+        raise Problem(NOT_JSON, f"send the body with Content-Type: application/json, not {kind[:60]}")
     value, text = parse(raw)
     if not isinstance(value, dict):
-        raise Problem(400, "the body is not a JSON object")
+        raise Problem(BAD_REQUEST, "the body is not a JSON object")
     return value, text
 
 
-def refuse_unknown(body: dict[str, Any], *known: str) -> None:
-    """A misspelt key must not be silently nothing. Raises Problem 422."""
-    strange = sorted(set(body) - set(known))
-    if strange:
-        raise Problem(
-            422,
-            f"unknown field {', '.join(key[:60] for key in strange[:5])}; known are {', '.join(known)}",
-            extra={"field": strange[0][:60]},
-        )
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def shaped(value: Mapping[str, Any], shape: type[T], *, refusal: Kind = UNPROCESSABLE, strict: bool = True) -> T:
+    """A parsed object as the struct that the contract declares. Unknown and misspelt fields are refused.
+
+    Not `strict`: values are text (a query's), and numbers are read from it. Raises Problem of the kind `refusal`.
+    """
+    try:
+        return msgspec.convert(value, shape, strict=strict)
+    except msgspec.ValidationError as error:
+        what, _, path = str(error).partition(" - at `$")
+        field = path.rstrip("`").removeprefix(".") or None
+        if field is None and (named := _FIELD.search(what)) is not None:
+            field = named[1]
+        extra = {"field": field[:60]} if field else {}
+        raise Problem(refusal, f"{extra['field']}: {what[:200]}" if extra else what[:200], extra=extra) from None
 
 
 def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import asyncpg
 import msgspec
@@ -18,12 +18,12 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.aiohttp import make_aiohttp_handler
 
-from indexer.api.auth import authenticated
 from indexer.api.bodies import json_response
+from indexer.api.contract import Answer, Call, Endpoint, NoQuery
 from indexer.api.state import DATABASE, STATUS, WAKEUPS
 from indexer.store import schema
 from indexer.store.database import Database
-from indexer.store.overview import overview
+from indexer.store.overview import Overview, overview
 
 READY_SECONDS = 2.0
 
@@ -48,19 +48,37 @@ class Check(msgspec.Struct, frozen=True):
     reason: str | None = None
 
 
-async def healthz(request: web.Request) -> web.Response:
+class Health(msgspec.Struct, frozen=True):
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(msgspec.Struct, frozen=True):
+    """`reason` says what is wrong where a check is not `ok`."""
+
+    status: Literal["ready", "unready"]
+    checks: list[Check]
+
+
+class Status(Overview, frozen=True, rename="camel", kw_only=True):
+    """The installation as the database knows it, and this process: version, holder, tasks, how wake-ups are heard."""
+
+    process: dict[str, Any]
+
+
+async def healthz(call: Call[NoQuery, None]) -> web.Response:
     """That this answer came is the answer: it passed through the event loop."""
-    return json_response({"status": "ok"})
+    return json_response(Health())
 
 
-async def readyz(request: web.Request) -> web.Response:
-    reasons = list(request.app[STATUS].unready())
+async def readyz(call: Call[NoQuery, None]) -> web.Response:
+    app = call.request.app
+    reasons = list(app[STATUS].unready())
     checks = [
-        *await _database_checks(request.app[DATABASE]),
+        *await _database_checks(app[DATABASE]),
         Check("process", not reasons, "; ".join(reasons) or None),
     ]
     ready = all(check.ok for check in checks)
-    return json_response({"status": "ready" if ready else "unready", "checks": checks}, 200 if ready else 503)
+    return json_response(Readiness("ready" if ready else "unready", checks), 200 if ready else 503)
 
 
 async def _database_checks(database: Database) -> list[Check]:
@@ -81,13 +99,56 @@ async def _database_checks(database: Database) -> list[Check]:
     return [Check("database", False, reason), Check("schema", False, "unknown while the database does not answer")]
 
 
-async def status(request: web.Request) -> web.Response:
-    token = await authenticated(request, "status")
-    async with request.app[DATABASE].pool.acquire() as conn:
-        seen = await overview(conn, token.brand)
-    own = {"wakeups": request.app[WAKEUPS].status, **request.app[STATUS].process()}
-    return json_response({**msgspec.to_builtins(seen, builtin_types=(msgspec.Raw,)), "process": own})
+async def status(call: Call[NoQuery, None]) -> web.Response:
+    app = call.request.app
+    async with app[DATABASE].pool.acquire() as conn:
+        seen = await overview(conn, call.token.brand)
+    own = {"wakeups": app[WAKEUPS].status, **app[STATUS].process()}
+    return json_response(Status(**msgspec.structs.asdict(seen), process=own))
 
 
-def metrics_handler(registry: CollectorRegistry) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    return make_aiohttp_handler(registry)
+def _metrics(registry: CollectorRegistry) -> Callable[[Call[NoQuery, None]], Awaitable[web.StreamResponse]]:
+    answer = make_aiohttp_handler(registry)
+
+    async def metrics(call: Call[NoQuery, None]) -> web.StreamResponse:
+        return await answer(call.request)
+
+    return metrics
+
+
+def endpoints(registry: CollectorRegistry) -> tuple[Endpoint, ...]:
+    return (
+        Endpoint(
+            method="GET",
+            path="/healthz",
+            name="health",
+            summary="Whether the event loop turns",
+            handler=healthz,
+            answers={200: Answer("It does.", Health)},
+        ),
+        Endpoint(
+            method="GET",
+            path="/readyz",
+            name="readiness",
+            summary="Whether this process can serve: database, schema and configuration",
+            handler=readyz,
+            answers={200: Answer("It can.", Readiness), 503: Answer("It cannot; the checks say why.", Readiness)},
+        ),
+        Endpoint(
+            method="GET",
+            path="/metrics",
+            name="metrics",
+            summary="Prometheus text, or OpenMetrics by `Accept`",
+            handler=_metrics(registry),
+            answers={200: Answer("Every metric of this process.", None, content_type="text/plain")},
+        ),
+        Endpoint(
+            method="GET",
+            path="/v1/status",
+            name="status",
+            summary="Heads and their lag, history, leases, what waits to be sent, this process",
+            scope="status",
+            handler=status,
+            answers={200: Answer("How the installation stands now.", Status)},
+        ),
+    )

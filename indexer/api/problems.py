@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import asyncpg
@@ -17,24 +18,62 @@ from aiohttp import web
 log = structlog.get_logger(__name__)
 
 TYPE = "urn:loyalty:problem:"
-_STATUS_OF = {"LY400": 400, "LY403": 403, "LY404": 404, "LY409": 409, "LY422": 422}
-_TITLES = {
-    400: ("bad-request", "The request cannot be read"),
-    401: ("unauthorized", "A valid token is needed"),
-    403: ("forbidden", "The token does not allow this"),
-    404: ("not-found", "There is no such thing"),
-    405: ("method-not-allowed", "The resource does not know this method"),
-    408: ("timeout", "The request did not arrive in time"),
-    409: ("conflict", "The request contradicts what is recorded"),
-    411: ("length-required", "The body's length is not stated"),
-    413: ("too-large", "The body is too large"),
-    415: ("not-json", "The body is not said to be JSON"),
-    417: ("expectation-failed", "The expectation cannot be met"),
-    422: ("unprocessable", "The request cannot be what it says"),
-    500: ("internal", "The request met a defect of this program"),
-    503: ("unavailable", "The request cannot be served now"),
-}
+CONTENT_TYPE = "application/problem+json"
 _OURS = frozenset({"type", "title", "status", "detail"})
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What may go wrong, as the document and the answers name it. `headers` come with every answer of this kind."""
+
+    status: int
+    slug: str
+    title: str
+    headers: tuple[str, ...] = ()
+
+    @property
+    def type(self) -> str:
+        return TYPE + self.slug
+
+
+BAD_REQUEST = Kind(400, "bad-request", "The request cannot be read")
+UNAUTHORIZED = Kind(401, "unauthorized", "A valid token is needed", ("WWW-Authenticate",))
+FORBIDDEN = Kind(403, "forbidden", "The token does not allow this")
+NOT_FOUND = Kind(404, "not-found", "There is no such thing")
+METHOD_NOT_ALLOWED = Kind(405, "method-not-allowed", "The resource does not know this method", ("Allow",))
+TIMEOUT = Kind(408, "timeout", "The request did not arrive in time")
+CONFLICT = Kind(409, "conflict", "The request contradicts what is recorded")
+REVERTED = Kind(409, "reverted", "Recorded, and the evidence behind this generation is gone")
+CLAIM_LAPSED = Kind(409, "claim-lapsed", "Recorded, and the claim had lapsed")
+OTHER_HISTORY = Kind(409, "other-history", "The cursor belongs to another history of signals")
+GONE = Kind(410, "gone", "What follows the cursor is not kept any more")
+LENGTH_REQUIRED = Kind(411, "length-required", "The body's length is not stated")
+TOO_LARGE = Kind(413, "too-large", "The body is too large")
+NOT_JSON = Kind(415, "not-json", "The body is not said to be JSON")
+EXPECTATION_FAILED = Kind(417, "expectation-failed", "The expectation cannot be met")
+UNPROCESSABLE = Kind(422, "unprocessable", "The request cannot be what it says")
+INTERNAL = Kind(500, "internal", "The request met a defect of this program")
+UNAVAILABLE = Kind(503, "unavailable", "The request cannot be served now", ("Retry-After",))
+
+# The kind of a status that something other than a handler of ours decided on: aiohttp, a contract function.
+_BY_STATUS = {
+    kind.status: kind
+    for kind in (
+        *(BAD_REQUEST, UNAUTHORIZED, FORBIDDEN, NOT_FOUND, METHOD_NOT_ALLOWED, TIMEOUT, CONFLICT, GONE),
+        *(LENGTH_REQUIRED, TOO_LARGE, NOT_JSON, EXPECTATION_FAILED, UNPROCESSABLE, INTERNAL, UNAVAILABLE),
+    )
+}
+_OF_SQLSTATE = {"LY400": BAD_REQUEST, "LY403": FORBIDDEN, "LY404": NOT_FOUND, "LY409": CONFLICT, "LY422": UNPROCESSABLE}
+
+
+class ProblemBody(msgspec.Struct, frozen=True, rename="camel"):
+    """Why a request failed (RFC 9457). A kind of problem may add members, such as `field`."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    request_id: str
 
 
 class Problem(Exception):
@@ -42,47 +81,53 @@ class Problem(Exception):
 
     def __init__(
         self,
-        status: int,
+        kind: Kind,
         detail: str,
         *,
-        kind: str | None = None,
         extra: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(detail)
-        self.status, self.detail, self.kind = status, detail, kind
+        self.kind, self.detail = kind, detail
         self.extra = {key: value for key, value in (extra or {}).items() if key not in _OURS}
         self.headers = dict(headers or {})
 
-    def response(self) -> web.Response:
-        slug, title = _TITLES.get(self.status, ("error", "The request failed"))
-        body = {"type": TYPE + (self.kind or slug), "title": title, "status": self.status, "detail": self.detail}
+    @property
+    def status(self) -> int:
+        return self.kind.status
+
+    def response(self, request_id: str) -> web.Response:
+        body = {"type": self.kind.type, "title": self.kind.title, "status": self.kind.status, "detail": self.detail}
         return web.Response(
-            status=self.status,
-            body=msgspec.json.encode(body | self.extra),
-            content_type="application/problem+json",
-            headers=self.headers,
+            status=self.kind.status,
+            body=msgspec.json.encode(body | self.extra | {"requestId": request_id}),
+            content_type=CONTENT_TYPE,
+            headers={"Cache-Control": "no-store", "X-Request-Id": request_id} | self.headers,
         )
+
+
+def unavailable(detail: str, seconds: int = 1) -> Problem:
+    """503: nothing was recorded, or what was can be repeated; come again after so many seconds."""
+    return Problem(UNAVAILABLE, detail, headers={"Retry-After": str(seconds)})
 
 
 def of_database(error: asyncpg.PostgresError) -> Problem | None:
     """The refusal that a contract function raised; None for an error that is not one."""
-    status = _STATUS_OF.get(error.sqlstate or "")
-    if status is not None:
+    kind = _OF_SQLSTATE.get(error.sqlstate or "")
+    if kind is not None:
         try:
             extra = json.loads(error.detail or "{}")
         except ValueError:
             extra = {}
-        return Problem(status, str(error.message), extra=extra if isinstance(extra, dict) else {})
+        return Problem(kind, str(error.message), extra=extra if isinstance(extra, dict) else {})
     if isinstance(error, asyncpg.DataError | asyncpg.StatementTooComplexError | asyncpg.ProgramLimitExceededError):
         # a value that PostgreSQL cannot hold and that no check of ours foresaw: the caller's, not a defect
-        return Problem(422, "a value in the request cannot be stored")
+        return Problem(UNPROCESSABLE, "a value in the request cannot be stored")
     return None
 
 
 def of_exception(error: Exception, request_id: str) -> Problem:
     """What an exception that left a handler means to the caller."""
-    again = {"Retry-After": "1"}
     match error:
         case Problem():
             return error
@@ -91,9 +136,9 @@ def of_exception(error: Exception, request_id: str) -> Problem:
         case asyncpg.PostgresError() if (refused := of_database(error)) is not None:
             return refused
         case asyncpg.DeadlockDetectedError() | asyncpg.SerializationError() | asyncpg.QueryCanceledError():
-            return Problem(503, "the database was too busy; nothing was recorded, repeat the request", headers=again)
+            return unavailable("the database was too busy; nothing was recorded, repeat the request")
         case TimeoutError():
-            return Problem(503, "the answer took too long; repeat the request, which is idempotent", headers=again)
+            return unavailable("the answer took too long; repeat the request, which is idempotent")
         case (
             asyncpg.PostgresConnectionError()
             | asyncpg.InternalClientError()
@@ -103,10 +148,15 @@ def of_exception(error: Exception, request_id: str) -> Problem:
             | OSError()
         ):
             log.warning("the database does not answer a request", error=type(error).__name__)
-            return Problem(503, "the database does not answer; repeat the request", headers=again)
+            return unavailable("the database does not answer; repeat the request")
         case _:
             log.error("a request failed", exc_info=error)
-            return Problem(500, f"request {request_id}: the log of this process has the reason")
+            return Problem(INTERNAL, f"request {request_id}: the log of this process has the reason")
+
+
+def of_status(status: int, detail: str) -> Problem:
+    """A failure that was decided on outside the handlers: such as bytes that are not HTTP."""
+    return Problem(_BY_STATUS.get(status) or Kind(status, "error", "The request failed"), detail)
 
 
 def _of_http(error: web.HTTPException) -> Problem:
@@ -115,10 +165,10 @@ def _of_http(error: web.HTTPException) -> Problem:
         case web.HTTPMethodNotAllowed():
             allowed = ", ".join(sorted(error.allowed_methods))
             detail = f"{error.method[:20]} is not known here; allowed: {allowed}"
-            return Problem(405, detail, headers={"Allow": allowed})
+            return Problem(METHOD_NOT_ALLOWED, detail, headers={"Allow": allowed})
         case web.HTTPRequestEntityTooLarge():
-            return Problem(413, "a request's body may have 64 kB", headers={"Connection": "close"})
+            return Problem(TOO_LARGE, "a request's body may have 64 kB", headers={"Connection": "close"})
         case web.HTTPNotFound():
-            return Problem(404, "no such resource")
+            return Problem(NOT_FOUND, "no such resource")
         case _:
-            return Problem(error.status, error.reason or "the request failed")
+            return of_status(error.status, error.reason or "the request failed")

@@ -289,7 +289,7 @@ async def run_demo(*, as_json: bool, keep: bool, seed: int) -> int:
             if not verdict.ok:
                 screen.summary(f"daemon's log     {error}" for error in world.service.errors())
             _report(verdict, screen, as_json)
-            leave = keep or not verdict.ok
+            leave = not verdict.ok
             if keep:
                 _tell_urls(world, folder, screen)
                 await interruption.wait()

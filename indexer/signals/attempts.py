@@ -10,9 +10,10 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from uuid import UUID, uuid4
 
 import aiohttp
@@ -29,6 +30,7 @@ LONGEST_RETRY_AFTER = 86400.0  # seconds; a receiver may slow us down, not silen
 
 DRAIN_BYTES = 65536  # of an answer's body, read so that the connection can serve the next attempt
 DRAIN_SECONDS = 0.5
+ANSWER_BYTES = 512  # of it, kept with the attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,31 +44,54 @@ class Endpoint:
     events: tuple[str, ...] = ("operation.*",)
     allow: tuple[Network, ...] = ()
     timeout: float = 10.0
+    pause_after: float = 259_200.0  # seconds of nothing but failures
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back: a status, or the reason why there is none."""
+    """What came back after so many `seconds`: a status and the first bytes of the body, or the reason why there is none."""
 
     status: int | None
     error: str | None = None
     retry_after: str | None = None
+    answer: bytes = b""
+    seconds: float = 0.0
+
+    @property
+    def taken(self) -> bool:
+        """2xx, whatever the body says; nothing else."""
+        return self.status is not None and 200 <= self.status < 300
+
+    @property
+    def reason(self) -> str | None:
+        """Why it was not taken; None when it was."""
+        return None if self.taken else self.error or _meaning(self.status)
 
 
 def judge(attempt: Attempt, reply: Reply, *, schedule: Sequence[float], rng: random.Random, now: datetime) -> Outcome:
-    """What a reply means for the delivery. 2xx is delivered whatever the body says; nothing else is."""
-    status = reply.status
-    if status is not None and 200 <= status < 300:
-        return Outcome(attempt, "delivered", status, None)
-    error = reply.error or _meaning(status)
+    """What a reply means for the delivery. Before a schedule is exhausted, nothing but 410 is an end."""
+    status, error = reply.status, reply.reason
+    outcome = partial(
+        Outcome, attempt, status=status, error=error, seconds=reply.seconds, answer=printable(reply.answer) or None
+    )
+    if reply.taken:
+        return outcome(state="delivered")
     if status == 410:
-        return Outcome(attempt, "pending", status, error, gone=True)
+        return outcome(state="pending", gone=True)
     if attempt.number > len(schedule):
-        return Outcome(attempt, "dead", status, error)
+        return outcome(state="dead")
     pause = schedule[attempt.number - 1] * rng.uniform(1 - JITTER, 1 + JITTER)
     if status in (429, 503):
         pause = max(pause, retry_after(reply.retry_after, now))
-    return Outcome(attempt, "pending", status, error, retry_in=pause)
+    return outcome(state="pending", retry_in=pause)
+
+
+def printable(answer: bytes) -> str:
+    """A body's first bytes as text that neither a terminal nor the database trips over: what is no plain character is
+    escaped, so an answer can paint nothing, and hide nothing.
+    """
+    text = answer[:ANSWER_BYTES].decode("utf-8", "backslashreplace")
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def _meaning(status: int | None) -> str:
@@ -114,6 +139,11 @@ class Sender:
 
     async def post(self, signal_id: UUID, body: str, *, deadline: float) -> Reply:
         """One request, over by `deadline` (the loop's time) whatever the receiver does. Never raises for its sake."""
+        started = asyncio.get_running_loop().time()
+        reply = await self._exchange(signal_id, body, deadline)
+        return replace(reply, seconds=asyncio.get_running_loop().time() - started)
+
+    async def _exchange(self, signal_id: UUID, body: str, deadline: float) -> Reply:
         reply: Reply | None = None
         try:
             async with asyncio.timeout_at(deadline):
@@ -125,7 +155,7 @@ class Sender:
                     url, data=body.encode(), headers=self.headers(signal_id, body), allow_redirects=False
                 ) as response:
                     reply = Reply(response.status, retry_after=response.headers.get("Retry-After"))
-                    await _drain(response)
+                    reply = replace(reply, answer=await _drain(response))
         except TimeoutError:
             return reply or Reply(None, f"no answer within {self.endpoint.timeout:g} s")
         except (aiohttp.ClientError, TargetRefused, OSError, ValueError) as error:
@@ -138,15 +168,19 @@ class Sender:
             self._session = None
 
 
-async def _drain(response: aiohttp.ClientResponse) -> None:
-    """Reads the rest of a short body; a long or slow one costs its connection, and the status stands."""
-    size = 0
+async def _drain(response: aiohttp.ClientResponse) -> bytes:
+    """Reads the rest of a short body, and returns its beginning; a long or slow one costs its connection, and the status
+    stands.
+    """
+    size, beginning = 0, b""
     with suppress(TimeoutError, aiohttp.ClientError):
         async with asyncio.timeout(DRAIN_SECONDS):
             async for chunk in response.content.iter_any():
                 size += len(chunk)
+                beginning += chunk[: ANSWER_BYTES - len(beginning)]
                 if size > DRAIN_BYTES:
                     break
+    return beginning
 
 
 def _reason(error: Exception) -> str:

@@ -23,6 +23,7 @@ from indexer.config import Brand
 from indexer.signals.attempts import SCHEDULE, Endpoint, Reply, Sender, judge, retry_after
 from indexer.signals.targets import Lookup, networks, system_lookup
 from indexer.store import deliveries
+from indexer.store import webhooks as endpoints
 from indexer.store.deliveries import Attempt, Outcome, Room
 from indexer.store.leases import Lease
 from indexer.store.wakeups import Wakeups
@@ -51,6 +52,7 @@ def endpoints_of(brands: Iterable[Brand]) -> list[Endpoint]:
             events=webhook.events,
             allow=networks(webhook.allow),
             timeout=webhook.timeout_seconds,
+            pause_after=webhook.pause_after_hours * 3600,
         )
         for brand in brands
         for webhook in brand.webhooks
@@ -79,7 +81,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        endpoints: Sequence[Endpoint],
+        given: Sequence[Endpoint],
         *,
         metrics: Metrics,
         schedule: Sequence[float] = SCHEDULE,
@@ -95,30 +97,40 @@ class Dispatcher:
         self._lines: dict[tuple[str, str], _Line] = {}
         self._retired: list[_Line] = []
         self._ended: list[Outcome] = []
+        self._patience: dict[tuple[str, str], float] = {}
         self._stirred = asyncio.Event()
-        self.configure(endpoints)
+        self._draining = False
+        self._idle = asyncio.Event()  # nothing is under way, and all that ended is recorded
+        self._idle.set()
+        self.configure(given)
 
-    def configure(self, endpoints: Sequence[Endpoint]) -> None:
+    def configure(self, given: Sequence[Endpoint]) -> None:
         """Takes the endpoints from now on. Attempts under way end as they began."""
-        wanted = {(endpoint.brand, endpoint.name): endpoint for endpoint in endpoints}
+        wanted = {(endpoint.brand, endpoint.name): endpoint for endpoint in given}
         for key, line in list(self._lines.items()):
             if wanted.get(key) != line.endpoint:
                 self._retired.append(self._lines.pop(key))
         for key, endpoint in wanted.items():
             if key not in self._lines:
                 self._lines[key] = _Line(Sender(endpoint, self._lookup, self._clock, connections=WIDEST))
+        self._patience = {key: endpoint.pause_after for key, endpoint in wanted.items()}
         self._stirred.set()
 
     async def run(self, lease: Lease, wakeups: Wakeups) -> None:
-        """Until cancelled. Raises LeaseLost. Requests under way are cut off then, and repeated by the next holder."""
+        """Until cancelled. Raises LeaseLost. Requests under way are cut off then, and repeated by the next holder: `drain`
+        first where there is time.
+        """
         attempts: set[asyncio.Task[None]] = set()
         listener = asyncio.create_task(self._listen(wakeups))
         self._ended.clear()  # of a lease held before: their rows are taken up when their allowance ends
+        self._idle.clear()
         try:
             while True:
                 self._stirred.clear()
                 pause = await self._turn(lease, attempts)
                 await self._close_retired()
+                if self._draining and not attempts and not self._ended:
+                    self._idle.set()
                 if pause > 0:
                     with suppress(TimeoutError):
                         async with asyncio.timeout(pause):  # wait_for of Python 3.11 may swallow a cancellation
@@ -127,6 +139,21 @@ class Dispatcher:
             for task in (listener, *attempts):
                 task.cancel()
             await asyncio.gather(listener, *attempts, return_exceptions=True)
+            self._idle.set()
+
+    async def drain(self, seconds: float) -> None:
+        """Begins no attempt any more, and waits until those under way have ended and are recorded. `run` goes on, idly.
+
+        What is still under way after so many seconds is cut off with `run`, and repeated by the next holder.
+        """
+        self._draining = True
+        self._stirred.set()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            left = sum(line.busy for line in (*self._lines.values(), *self._retired))
+            log.warning("attempts_cut_off", attempts=left, after_seconds=seconds)
 
     async def close(self) -> None:
         """Closes the connections to the endpoints. After `run` has ended."""
@@ -148,6 +175,7 @@ class Dispatcher:
         due: float | None = None
         async with lease.transaction() as conn:
             ready = await deliveries.record(conn, ended) if ended else []
+            stopped = await endpoints.weigh(conn, ended, self._patience) if ended else []
             turn = await deliveries.begin(conn, rooms) if rooms else deliveries.Turn([], [], progress=False)
             if rooms and not turn.progress:
                 due = await deliveries.next_due(conn, rooms)
@@ -159,6 +187,9 @@ class Dispatcher:
             task.add_done_callback(attempts.discard)
         for first in ready:
             self._metrics.observe_latency(first.brand, first.kind, "ready_to_delivered", first.seconds)
+        for one in stopped:
+            log.error("endpoint_stopped", brand=one.brand, webhook=one.webhook, why=one.why, reason=one.reason)
+            self._metrics.endpoints_stopped.labels(one.brand, one.webhook, one.why).inc()
         for closed in turn.closed:
             self._metrics.deliveries.labels(closed.brand, closed.webhook, closed.state).inc()
         if turn.progress:
@@ -169,6 +200,8 @@ class Dispatcher:
 
     def _rooms(self, now: float) -> list[Room]:
         """How many attempts may begin at each endpoint: a share of what is left overall, and at the least its own two."""
+        if self._draining:
+            return []
         open_lines = [line for line in self._lines.values() if line.held_until <= now and line.busy < line.width]
         left = OVERALL - sum(line.busy for line in (*self._lines.values(), *self._retired))
         share = max(0, left) // max(1, len(open_lines))
@@ -181,7 +214,6 @@ class Dispatcher:
 
     async def _attempt(self, line: _Line, attempt: Attempt, deadline: float) -> None:
         brand, webhook = attempt.brand, attempt.webhook
-        started = time.perf_counter()
         try:
             reply = await line.sender.post(attempt.signal_id, attempt.body, deadline=deadline)
         except Exception as error:
@@ -196,7 +228,7 @@ class Dispatcher:
         if reply.status == 429:
             hold = min(retry_after(reply.retry_after, now), LONGEST_HOLD)
             line.held_until = asyncio.get_running_loop().time() + hold
-        self._metrics.delivery_seconds.labels(brand, webhook).observe(time.perf_counter() - started)
+        self._metrics.delivery_seconds.labels(brand, webhook).observe(reply.seconds)
         word = "gone" if outcome.gone else "failed" if outcome.state == "pending" else outcome.state
         self._metrics.deliveries.labels(brand, webhook, word).inc()
         if outcome.state != "delivered":

@@ -3,19 +3,22 @@
 Promises: an operation's signals are attempted at an endpoint one at a time, in the order of their numbers; a `ready` that
 was taken back is not attempted again; an attempt is on record before it begins. `next_at` of an attempt under way is
 when it must have ended, so a successor of a dispatcher that died takes up its attempts then and not before. Only the
-holder of the lease `deliver` calls these, inside its leased transactions; what a response means is not decided here.
+holder of the lease `deliver` calls `begin` and `record`, inside its leased transactions; what a response means is not
+decided here, nor (`webhooks.py`) what it says of the endpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 from uuid import UUID
 
 import asyncpg
 
 from indexer.model.signal import FULFILLED, HINTS, READY, RESTORED, REVERTED
+from indexer.store.connection import Connection
 
 # Seconds between the end of an attempt's allowance and the moment from which another may begin.
 MARGIN = 1.0
@@ -66,7 +69,9 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of an attempt. `retry_in`: seconds, when it stays pending. `gone`: the endpoint wants no more."""
+    """What became of an attempt, after so many `seconds`. `retry_in`: seconds, when it stays pending. `gone`: the endpoint
+    wants no more. `answer`: the first bytes of the body, as text that is safe to print.
+    """
 
     attempt: Attempt
     state: Literal["delivered", "pending", "dead"]
@@ -74,6 +79,8 @@ class Outcome:
     error: str | None
     retry_in: float = 0.0
     gone: bool = False
+    seconds: float = 0.0
+    answer: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +237,7 @@ async def next_due(conn: asyncpg.Connection, rooms: Sequence[Room]) -> float | N
 
 
 async def record(conn: asyncpg.Connection, outcomes: Sequence[Outcome]) -> list[FirstReady]:
-    """Stores what became of attempts, disables endpoints that are gone, and calls what waited behind a closed delivery.
+    """Stores what became of attempts, keeps each as a row of its own, and calls what waited behind a closed delivery.
 
     Returns the `ready` signals that reached an endpoint for the first time, to be observed after the commit.
     """
@@ -239,8 +246,8 @@ async def record(conn: asyncpg.Connection, outcomes: Sequence[Outcome]) -> list[
         """
         WITH outcome AS (
           SELECT * FROM unnest($1::text[], $2::text[], $3::uuid[], $4::int[], $5::text[], $6::int[], $7::text[],
-                               $8::float8[], $9::bool[])
-                   AS o(brand, webhook, signal_id, number, state, status, error, retry_in, replay)
+                               $8::float8[], $9::bool[], $10::float8[], $11::text[])
+                   AS o(brand, webhook, signal_id, number, state, status, error, retry_in, replay, seconds, answer)
         ), ended AS (
           UPDATE indexer.delivery d
              SET state = o.state, status = o.status, error = o.error, ended_at = now(),
@@ -248,18 +255,24 @@ async def record(conn: asyncpg.Connection, outcomes: Sequence[Outcome]) -> list[
             FROM outcome o
            WHERE d.brand = o.brand AND d.webhook = o.webhook AND d.signal_id = o.signal_id
              AND d.state = 'pending' AND d.attempts = o.number
-          RETURNING d.brand, d.webhook, d.signal_id, d.aggregateid, d.type, d.state, o.replay
+          RETURNING d.brand, d.webhook, d.signal_id, d.aggregateid, d.type, d.state, d.begun_at,
+                    o.replay, o.number, o.seconds, o.status, o.error, o.answer
+        ), kept AS (
+          INSERT INTO indexer.delivery_attempt (brand, webhook, signal_id, number, begun_at, seconds, status, error, answer)
+          SELECT brand, webhook, signal_id, number, begun_at, seconds, status, error, answer FROM ended ORDER BY begun_at
         ), called AS (
+          -- also behind what will not be tried again: a `ready` that was taken back, or a hint, while it was under way
           UPDATE indexer.delivery d SET next_at = now()
-            FROM ended e
+            FROM ended e JOIN indexer.outbox o ON o.id = e.signal_id
            WHERE d.brand = e.brand AND d.webhook = e.webhook AND d.aggregateid = e.aggregateid AND d.state = 'pending'
-             AND d.signal_id <> e.signal_id AND d.attempts = 0 AND d.next_at > now() AND e.state <> 'pending'
+             AND d.signal_id <> e.signal_id AND d.attempts = 0 AND d.next_at > now()
+             AND (e.state <> 'pending' OR o.superseded_by IS NOT NULL OR e.type = ANY ($13))
         )
         SELECT DISTINCT ON (e.signal_id) e.brand,
                coalesce(o.payload #>> '{data,operation,legs,0,kind}', 'unknown') AS kind,
                greatest(0, extract(epoch FROM now() - o.created_at))::float8 AS seconds
           FROM ended e JOIN indexer.outbox o ON o.id = e.signal_id
-         WHERE e.type = $10 AND e.state = 'delivered' AND NOT e.replay
+         WHERE e.type = $12 AND e.state = 'delivered' AND NOT e.replay
            AND NOT EXISTS (
              SELECT FROM indexer.delivery other
               WHERE other.signal_id = e.signal_id AND other.webhook <> e.webhook AND other.state = 'delivered')
@@ -273,16 +286,63 @@ async def record(conn: asyncpg.Connection, outcomes: Sequence[Outcome]) -> list[
         [o.error for o in outcomes],
         [o.retry_in for o in outcomes],
         [o.attempt.replay for o in outcomes],
+        [o.seconds for o in outcomes],
+        [o.answer for o in outcomes],
         READY,
+        sorted(HINTS),
     )
-    for gone in {(o.attempt.brand, o.attempt.webhook): o for o in outcomes if o.gone}.values():
-        await conn.execute(
-            """
-            UPDATE indexer.webhook SET disabled_at = now(), disabled_reason = $3
-             WHERE brand = $1 AND name = $2 AND disabled_at IS NULL
-            """,
-            gone.attempt.brand,
-            gone.attempt.webhook,
-            gone.error,
-        )
     return [FirstReady(row["brand"], row["kind"], row["seconds"]) for row in rows]
+
+
+async def forget(conn: Connection, *, keep: timedelta, limit: int = 5000) -> int:
+    """Deletes up to `limit` rows older than `keep`: deliveries that ended (dead letters too), attempts, and what an
+    endpoint that was removed from the configuration left unsent. Signals stay. Returns how many went: `limit` means that
+    there may be more.
+    """
+    gone = await _deleted(
+        conn,
+        # delivery_ended_idx; a row that is asked for again meanwhile has another ctid, and stays
+        """
+        DELETE FROM indexer.delivery WHERE state <> 'pending' AND ctid = ANY (ARRAY(
+          SELECT d.ctid FROM unnest('{delivered,superseded,dropped,dead}'::text[]) AS ended(state)
+           CROSS JOIN LATERAL (
+             SELECT d.ctid FROM indexer.delivery d
+              WHERE d.state <> 'pending' AND d.state = ended.state AND d.ended_at < now() - $1::interval
+              ORDER BY d.ended_at LIMIT $2) d
+           LIMIT $2))
+        """,
+        keep,
+        limit,
+    )
+    if gone < limit:
+        gone += await _deleted(
+            conn,
+            # delivery_attempt_pk: the oldest rows have the lowest ids
+            """
+            DELETE FROM indexer.delivery_attempt WHERE begun_at < now() - $1::interval AND id = ANY (ARRAY(
+              SELECT id FROM indexer.delivery_attempt ORDER BY id LIMIT $2))
+            """,
+            keep,
+            limit - gone,
+        )
+    if gone < limit:
+        gone += await _deleted(
+            conn,
+            # delivery_due_idx, for each endpoint that is gone
+            """
+            DELETE FROM indexer.delivery WHERE state = 'pending' AND ctid = ANY (ARRAY(
+              SELECT d.ctid FROM indexer.webhook w
+               CROSS JOIN LATERAL (
+                 SELECT d.ctid FROM indexer.delivery d
+                  WHERE d.brand = w.brand AND d.webhook = w.name AND d.state = 'pending'
+                    AND d.next_at < now() - $1::interval LIMIT $2) d
+               WHERE NOT w.active LIMIT $2))
+            """,
+            keep,
+            limit - gone,
+        )
+    return gone
+
+
+async def _deleted(conn: Connection, query: str, *args: object) -> int:
+    return int((await conn.execute(query, *args)).rpartition(" ")[2])

@@ -20,7 +20,7 @@ from indexer.sandbox.receiver import Receiver
 from indexer.sandbox.shop import End, Order, Shop
 from indexer.sandbox.verdict import judge
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.xdist_group("demo"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(400)]
 
 MARK = "DEMO_TEST_MARK"
 

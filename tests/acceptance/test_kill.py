@@ -23,7 +23,7 @@ from indexer.sandbox.anvil import RpcRefused
 from indexer.store.database import Database
 from tests.acceptance.world import BLOCK_SECONDS, CHAIN_ID, SMALL, Ledger, Received, World, until
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.xdist_group("acceptance"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(300)]
 
 KILLS = 20
 DEEPEST = 10  # blocks of a reorganisation

@@ -20,8 +20,9 @@ from indexer.sandbox.anvil import Anvil
 from indexer.store.database import Database
 from tests.acceptance.world import Daemon, Ledger, World, until
 from tests.conftest import Postgres
+from tests.receiver import Received, Receiver, fine
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.xdist_group("acceptance"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(180)]
 
 
 # --------------------------------------------------------------------------- stopping
@@ -52,6 +53,58 @@ async def test_sigterm_drains_and_hands_over_at_once(ledger: Ledger, database: D
         world.shop.pause = 0.0
         await world.settles("three")
         await world.judge({"one": "ready", "two": "ready", "three": "ready"})
+
+
+async def test_sigterm_lets_an_attempt_end_and_a_kill_repeats_it_under_its_id(
+    ledger: Ledger, database: Database, tmp_path: Path
+) -> None:
+    async def slow(received: Received) -> web.Response:
+        await asyncio.sleep(1.5)
+        return await fine(received)
+
+    async with Receiver(slow).open() as slow_one:
+        more = f"""
+[[brands.webhooks]]
+name = "slow"
+url = "{slow_one.url}/"
+secret_files = ["{tmp_path}/secret"]
+events = ["operation.ready"]
+allow = ["127.0.0.0/8"]
+timeout_seconds = 2
+"""
+        async with World.of(ledger, database, tmp_path, lease_seconds=2.5, more=more) as world:
+            daemon = await world.start()
+            await world.settles("one")
+
+            async def asked(times: int) -> None:
+                async def so_often() -> bool:
+                    return len(slow_one.requests) == times
+
+                await until(so_often, f"the slow receiver was asked {times} times", pause=0.01)
+
+            async def delivered(count: int) -> None:
+                async def so_many() -> bool:
+                    rows = await database.pool.fetch("SELECT state FROM indexer.delivery WHERE webhook = 'slow'")
+                    return [row["state"] for row in rows] == ["delivered"] * count
+
+                await until(so_many, f"{count} deliveries at the slow receiver")
+
+            await asked(1)
+            query = "SELECT state, attempts, status FROM indexer.delivery WHERE webhook = 'slow'"
+            assert tuple(await database.pool.fetchrow(query)) == ("pending", 1, None)
+            assert await daemon.stop() == 0
+            assert tuple(await database.pool.fetchrow(query)) == ("delivered", 1, 204)
+            assert not daemon.said("attempts_cut_off")
+
+            daemon = await world.start()
+            await world.settles("two")  # what is due is sent, and what arrived is not sent again
+            await asked(2)
+            await daemon.kill()
+            await world.start()
+            await delivered(2)
+            first, second, again = (request.id for request in slow_one.requests)
+            assert first != second == again
+            assert slow_one.overlaps == 0
 
 
 async def test_sigterm_while_it_starts_ends_it(world: World) -> None:

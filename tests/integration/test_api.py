@@ -4,131 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID, uuid4
 
-import aiohttp
 import pytest
 
 from indexer.api import app as api_app
-from indexer.api.app import create_app, serve
-from indexer.config import Http
 from indexer.store import tokens
 from indexer.store.database import Database
-from indexer.store.wakeups import Wakeups
-from indexer.telemetry import Metrics
-
-ISSUER, FACTORY, HOLDER = "0x" + "15" * 20, "0x" + "fa" * 20, "0x" + "a1" * 20
-LOYALTY_ID = "0x" + "1d" * 32
-
-
-class Process:
-    """What the daemon tells of itself."""
-
-    def __init__(self) -> None:
-        self.reasons: list[str] = []
-
-    def unready(self) -> Sequence[str]:
-        return self.reasons
-
-    def process(self) -> Mapping[str, object]:
-        return {"version": "0.1.0", "tasks": ["settle"]}
-
-
-class Api:
-    """A running server and a caller with one token."""
-
-    def __init__(self, base: str, session: aiohttp.ClientSession, process: Process, metrics: Metrics) -> None:
-        self.base, self.session, self.process, self.metrics = base, session, process, metrics
-        self.token: str | None = None
-
-    async def call(
-        self,
-        method: str,
-        path: str,
-        *,
-        body: object = None,
-        raw: bytes | None = None,
-        token: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> tuple[int, Any, Mapping[str, str]]:
-        bearer = token or self.token
-        sent = {"Authorization": f"Bearer {bearer}"} if bearer else {}
-        if body is not None or raw is not None:
-            sent["Content-Type"] = "application/json"
-        async with self.session.request(
-            method,
-            self.base + path,
-            data=raw if raw is not None else json.dumps(body) if body is not None else None,
-            headers=sent | dict(headers or {}),
-        ) as answer:
-            text = await answer.text()
-            if answer.status >= 400 and path != "/readyz":
-                assert answer.content_type == "application/problem+json", text
-                problem = json.loads(text)
-                assert problem["status"] == answer.status and problem["type"].startswith("urn:loyalty:problem:")
-                assert problem["title"] and problem["detail"]
-                assert problem["requestId"] == answer.headers["X-Request-Id"]
-            return answer.status, json.loads(text) if "json" in answer.content_type else text, answer.headers
-
-
-@asynccontextmanager
-async def running(database: Database) -> AsyncIterator[Api]:
-    metrics, process = Metrics(), Process()
-    app = create_app(database, metrics, process, Wakeups())
-    async with serve(app, Http(listen="127.0.0.1:0")) as (host, port), aiohttp.ClientSession() as session:
-        yield Api(f"http://{host}:{port}", session, process, metrics)
+from tests.api_world import FACTORY, ISSUER, Api, populate, registration, running, token_for
 
 
 @pytest.fixture
 async def api(database: Database) -> AsyncIterator[Api]:
-    """A server with brands bloom and rose, a chain with a factory, and a token that may do everything for everyone."""
-    async with database.pool.acquire() as conn:
-        await conn.execute(
-            """
-            INSERT INTO indexer.brand (name) VALUES ('bloom'), ('rose');
-            INSERT INTO indexer.issuer (address, brand) VALUES ('\\x1515151515151515151515151515151515151515', 'bloom'),
-                                                               ('\\x1616161616161616161616161616161616161616', 'rose');
-            INSERT INTO indexer.chain (chain_id, name, head_number, head_hash, head_time_ms)
-            VALUES (8453, 'base', 9007199254740993, '\\x01', 1790000000200);
-            INSERT INTO indexer.emitter (chain_id, address, kind, factory, start_block)
-            VALUES (8453, '\\xfafafafafafafafafafafafafafafafafafafafa', 'factory', '\\xfafafafafafafafafafafafafafafafafafafafa', 1);
-            INSERT INTO indexer.lease (task, holder, epoch, until)
-            VALUES ('settle', gen_random_uuid(), 3, now() + interval '1 hour'), ('number', NULL, 1, NULL)
-            """
-        )
-        everything, _ = await tokens.add(conn, "operator", None, tokens.SCOPES)
+    everything = await populate(database)
     async with running(database) as running_api:
         running_api.token = everything
         yield running_api
-
-
-async def token_for(database: Database, brand: str | None, *scopes: str) -> str:
-    async with database.pool.acquire() as conn:
-        return (await tokens.add(conn, "test", brand, scopes or tokens.SCOPES))[0]
-
-
-def registration(reference: str = "redemption-8841", **changes: Any) -> dict[str, Any]:
-    return {
-        "brand": "bloom",
-        "reference": reference,
-        "requestedAt": "2026-11-21T11:00:00+01:00",
-        "metadata": {"orderId": "8841", "exact": 1.10},
-        "legs": [
-            {
-                "kind": "loyfin.redemption",
-                "chainId": "8453",
-                "issuer": ISSUER.upper().replace("0X", "0x"),
-                "holder": HOLDER,
-                "loyaltyId": LOYALTY_ID,
-                "amount": "250",
-                "nonce": "0x" + uuid4().hex * 2,
-            }
-        ],
-        **changes,
-    }
 
 
 # ------------------------------------------------------------------------------------------------ health
@@ -450,7 +343,7 @@ async def test_fulfil_is_idempotent_and_a_reverted_generation_is_recorded_and_40
 @pytest.mark.parametrize(
     "body",
     [
-        {}, {"generation": "1"}, {"generation": True}, {"generation": 0}, {"generation": 2**31}, {"generation": 1.0},
+        {}, {"generation": "1"}, {"generation": True}, {"generation": 0}, {"generation": 2**31}, {"generation": 1.5},
         {"generation": 1, "receipt": "paid"}, {"generation": 1, "receipt": {"a": "x" * 9000}}, {"generation": 1, "claim": "c"},
         {"generation": 1, "recept": {}}, {"generation": 1, "receipt": None},
     ],
@@ -503,6 +396,8 @@ async def test_scopes_are_demanded_one_by_one(api: Api, database: Database) -> N
         "operations:write": ("POST", f"/v1/operations/{operation}/cancel"),
         "fulfil": ("POST", f"/v1/operations/{operation}/fulfil"),
         "resolve": ("POST", f"/v1/operations/{operation}/resolve"),
+        "signals:read": ("GET", "/v1/signals?brand=bloom"),
+        "chain:read": ("GET", "/v1/programs"),
     }
     assert set(calls) == set(tokens.SCOPES)
     for missing, (method, path) in calls.items():

@@ -135,3 +135,18 @@ async def test_an_emitter_that_left_and_returned_has_a_gap_for_its_absence(conn:
     await coverage.cover(conn, CHAIN, [Covered(HEAD_LANE, 81, 90, "gate")])
     assert await coverage.gaps(conn, CHAIN, 90) == {B: [Span(51, 80)]}
     assert await coverage.covered_until(conn, CHAIN, [B], 0) == 50
+
+
+async def test_what_is_doubted_is_unverified_again_and_what_was_never_read_stays_a_gap(
+    conn: asyncpg.Connection,
+) -> None:
+    await emitters(conn, Emitter(A, "factory", A, 0, 30))
+    await coverage.cover(conn, CHAIN, [Covered(A, 5, 29, "gate"), Covered(HEAD_LANE, 30, 50, "gate")])
+    await coverage.doubt(conn, CHAIN, [A, HEAD_LANE], 0, 9)
+    await coverage.doubt(conn, CHAIN, [A, HEAD_LANE], 25, 35)
+    assert await coverage.unverified(conn, CHAIN, 50) == {A: [Span(5, 9), Span(25, 29)], HEAD_LANE: [Span(30, 35)]}
+    assert await coverage.gaps(conn, CHAIN, 50) == {A: [Span(0, 4)]}
+    assert await coverage.covered_until(conn, CHAIN, [A], 10) == 24
+    await coverage.cover(conn, CHAIN, [Covered(A, 0, 29, "second_look"), Covered(HEAD_LANE, 30, 50, "second_look")])
+    assert await coverage.unverified(conn, CHAIN, 50) in ({}, {A: [], HEAD_LANE: []})
+    assert await coverage.covered_until(conn, CHAIN, [A], 5) == 50

@@ -14,11 +14,11 @@ import pytest
 
 from indexer.model.signal import Signal
 from indexer.signals.sequencer import TASK, number
-from indexer.store import deliveries, signals
+from indexer.store import deliveries, signals, webhooks
 from indexer.store.database import Database
 from indexer.store.leases import Leases
-from indexer.store.signals import WebhookRow
 from indexer.store.wakeups import Wakeups
+from indexer.store.webhooks import WebhookRow
 from indexer.telemetry import Metrics
 
 
@@ -46,9 +46,9 @@ async def numbered(database: Database) -> signals.Numbered:
         return await signals.number(conn)
 
 
-async def sync(database: Database, *webhooks: WebhookRow) -> None:
+async def sync(database: Database, *rows: WebhookRow) -> None:
     async with database.pool.acquire() as conn, conn.transaction():
-        await signals.sync_webhooks(conn, webhooks)
+        await webhooks.sync_webhooks(conn, rows)
 
 
 async def due_at(database: Database, webhook: str = "shop") -> list[str]:
@@ -193,12 +193,12 @@ async def test_an_endpoint_starts_at_now_and_one_that_was_removed_or_disabled_ge
     await sync(database, shop)  # and back: what was pending stays, what was missed is missed
     assert len(await due_at(database)) == 1
     async with database.pool.acquire() as conn:
-        assert await signals.pause_webhook(conn, "acme", "shop")
+        assert await webhooks.pause_webhook(conn, "acme", "shop")
         await one()
         assert len(await due_at(database)) == 2  # waits for it
-        assert await signals.enable_webhook(conn, "acme", "shop")
-        assert not await signals.enable_webhook(conn, "acme", "nowhere")
-        await conn.execute("UPDATE indexer.webhook SET disabled_at = now(), disabled_reason = 'the endpoint is gone'")
+        assert await webhooks.enable_webhook(conn, "acme", "shop")
+        assert not await webhooks.enable_webhook(conn, "acme", "nowhere")
+        await conn.execute("UPDATE indexer.webhook SET disabled_at = now(), disabled_as = 'gone'")
         await one()
         assert len(await due_at(database)) == 2
 
