@@ -7,7 +7,7 @@ decided in the store; for how long it is kept, by the section `retention`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -16,7 +16,8 @@ from typing import Final
 import structlog
 
 from indexer.config import Retention
-from indexer.store import deliveries, retention
+from indexer.store import deliveries, lookups, partners, rereads, retention
+from indexer.store.connection import Connection
 from indexer.store.leases import Lease
 from indexer.telemetry import Metrics
 
@@ -38,20 +39,23 @@ class Chore:
     batches: Callable[[Lease, timedelta], AsyncIterator[int]]
 
 
-async def _deliveries(lease: Lease, keep: timedelta) -> AsyncIterator[int]:
+async def _full(
+    forget: Callable[[Connection, timedelta, int], Awaitable[int]], lease: Lease, keep: timedelta
+) -> AsyncIterator[int]:
+    """As long as there is a full batch to take."""
     gone = BATCH
     while gone >= BATCH:
         async with lease.transaction() as conn:
-            gone = await deliveries.forget(conn, keep=keep, limit=BATCH)
+            gone = await forget(conn, keep, BATCH)
         yield gone
 
 
-async def _orphans(table: str, lease: Lease, keep: timedelta) -> AsyncIterator[int]:
-    gone = BATCH
-    while gone >= BATCH:
-        async with lease.transaction() as conn:
-            gone = await retention.forget_orphans(conn, table, keep, BATCH)
-        yield gone
+async def _deliveries(conn: Connection, keep: timedelta, limit: int) -> int:
+    return await deliveries.forget(conn, keep=keep, limit=limit)
+
+
+async def _orphans(table: str, conn: Connection, keep: timedelta, limit: int) -> int:
+    return await retention.forget_orphans(conn, table, keep, limit)
 
 
 async def _signals(lease: Lease, keep: timedelta) -> AsyncIterator[int]:
@@ -68,12 +72,15 @@ async def _signals(lease: Lease, keep: timedelta) -> AsyncIterator[int]:
 
 # In this order: a signal goes after its deliveries. What else grows without end adds a line here and a key to `retention`.
 CHORES: Final[Sequence[Chore]] = (
-    Chore("deliveries", lambda kept: kept.deliveries_days, _deliveries),
+    Chore("deliveries", lambda kept: kept.deliveries_days, partial(_full, _deliveries)),
     *(
-        Chore(f"orphaned_{table}", lambda kept: kept.orphans_days, partial(_orphans, table))
+        Chore(f"orphaned_{table}", lambda kept: kept.orphans_days, partial(_full, partial(_orphans, table)))
         for table in retention.ORPHANED
     ),
     Chore("signals", lambda kept: kept.signals_days, _signals),
+    Chore("partner_versions", lambda kept: kept.versions_days, partial(_full, partners.forget_versions)),
+    Chore("lookups", lambda kept: kept.questions_days, partial(_full, lookups.forget)),
+    Chore("rereads", lambda kept: kept.questions_days, partial(_full, rereads.forget)),
 )
 
 

@@ -86,7 +86,8 @@ def operation_text(row: dict[str, Any]) -> str:
             f"  conflict    {conflict['evidenceId']}  leg {conflict['leg']}: {terms or 'several legs fit, or it came too late'}"
         )
     for waiting in row["waitingFor"]:
-        lines.append(f"  waits for   {waiting['for']} of leg {waiting['leg']} ({waiting['confidence']})")
+        why = f": {waiting['reason']}" if waiting.get("reason") else ""
+        lines.append(f"  waits for   {waiting['for']} of leg {waiting['leg']} ({waiting['confidence']}){why}")
     for step in row.get("history") or []:
         lines.append(f"  {step['at']}  {step['from'] or '(registered)'} -> {step['to']}  {step['cause']}")
     for receipt in row.get("receipts") or []:

@@ -96,6 +96,7 @@ async def populate(database: Database) -> str:
             INSERT INTO indexer.brand (name) VALUES ('bloom'), ('rose');
             INSERT INTO indexer.issuer (address, brand) VALUES ('\\x1515151515151515151515151515151515151515', 'bloom'),
                                                                ('\\x1616161616161616161616161616161616161616', 'rose');
+            INSERT INTO indexer.partner_account (brand, partner) VALUES ('bloom', 'keyban'), ('bloom', 'qiibee');
             INSERT INTO indexer.chain (chain_id, name, head_number, head_hash, head_time_ms)
             VALUES (8453, 'base', 9007199254740993, '\\x01', 1790000000200);
             INSERT INTO indexer.emitter (chain_id, address, kind, factory, start_block)

@@ -13,13 +13,16 @@ from typing import Any
 from uuid import UUID
 
 import asyncpg
+from pydantic import SecretStr
 
+from indexer.config import Qiibee
 from indexer.partners.account import Desk
 from indexer.partners.client import Client, Clock, Credential
 from indexer.partners.exchange import Http
 from indexer.partners.keyban import KeybanPoller
 from indexer.partners.orders import Ledger
 from indexer.partners.qiibee import QiibeePoller
+from indexer.partners.runtime import words_of
 from indexer.sandbox.partners.app import Hosted
 from indexer.sandbox.partners.partner import Partner
 from indexer.store import partner_accounts as accounts
@@ -31,6 +34,7 @@ from indexer.telemetry import Metrics
 
 BRAND = "bloom"
 KEY = "test-key-of-some-length"
+WORDS = words_of(Qiibee(api_key=SecretStr(KEY)))  # as the defaults have it
 
 
 @dataclass
@@ -90,7 +94,7 @@ class Office:
         return KeybanPoller(self.desk, ledger or Ledger(BRAND, "StellarTestnet"), 5.0, keep=keep, sweep_gap=sweep_gap)
 
     def qiibee(self, settle_after: float = 0.0) -> QiibeePoller:
-        return QiibeePoller(self.desk, 10.0, settle_after, sweep_every=0.0)
+        return QiibeePoller(self.desk, 10.0, settle_after, WORDS, sweep_every=0.0)
 
 
 def counted(metrics: Metrics, name: str, label: str) -> dict[str, float]:

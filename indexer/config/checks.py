@@ -11,7 +11,7 @@ from ipaddress import ip_address, ip_network
 from typing import Any
 from urllib.parse import urlsplit
 
-from indexer.config.tree import Brand, Chain, Config, Policy, Problem
+from indexer.config.tree import Brand, Chain, Config, Keyban, Policy, Problem
 
 _PARTNER_BASES = {"wallet_amount", "decision"}  # a partner's record carries no nonce and no hash of ours
 
@@ -141,6 +141,13 @@ def _of_brand(at: str, brand: Brand, config: Config) -> Iterator[Problem]:
             yield Problem(
                 f"{at}.{name}.url", "plain http to another machine shows the key and can be altered", "use https"
             )
+    if brand.keyban is not None and _token_missing(brand.keyban, config):
+        yield Problem(
+            f"{at}.keyban.token",
+            f'"{brand.keyban.network}" is a chain that is followed here, and without the contract of the points token none of'
+            " its orders can settle",
+            'add token = "0x…"; Keyban shows it in the application\'s loyalty settings',
+        )
     for h, hook in enumerate(brand.webhooks):
         for network in hook.allow:
             if ip_network(network).prefixlen == 0:
@@ -196,6 +203,8 @@ def _source_lacks(source: str, policy: Policy, brand: Brand, config: Config) -> 
     keyban = brand.keyban
     if keyban is None:
         return "the brand has no [brands.keyban]"
+    if _token_missing(keyban, config):
+        return "Keyban's network is followed here, and [brands.keyban] names no token"
     if (
         policy.confidence == "included"
         or keyban.network.lower().startswith("stellar")
@@ -205,6 +214,10 @@ def _source_lacks(source: str, policy: Policy, brand: Brand, config: Config) -> 
     if followed_chain(keyban.network, config) is not None:
         return None
     return "Keyban's network is neither Stellar nor followed here, so orders stay included without finalized_after"
+
+
+def _token_missing(keyban: Keyban, config: Config) -> bool:
+    return keyban.token is None and followed_chain(keyban.network, config) is not None
 
 
 #: Keyban's names of EVM networks, by chain id (facts of its SDK); a chain of ours may also be named directly.

@@ -45,6 +45,7 @@ from indexer.config.values import (
     Rate,
     Seconds,
     SocketUrl,
+    StatusWord,
     WebhookSecret,
     refuse,
 )
@@ -297,6 +298,10 @@ class Keyban(Section):
     network: Annotated[str, Field(min_length=1, max_length=64)] = Field(
         description="Keyban's name of the network (StellarMainnet, BaseMainnet …) or the name of a chain above."
     )
+    token: AddressHex | None = Field(
+        default=None,
+        description="The points token's contract, needed where the network is a chain above: no other transfer counts there.",
+    )
     decimals: Count | None = Field(
         default=None, ge=0, le=77, description="Decimals of the points token; unset: amounts are compared as received."
     )
@@ -330,6 +335,19 @@ class Qiibee(Section):
         default=1.0, description="What the key may ask; accounts with one key share it, and the lowest counts."
     )
     settle_after: Delay = Field(default=60.0, description="Seconds that a successful transaction must stand unchanged.")
+    success: tuple[StatusWord, ...] = Field(
+        default=("success",),
+        min_length=1,
+        description="A row's status that means done, once it has a hash; a final * stands for any ending.",
+    )
+    pending: tuple[StatusWord, ...] = Field(
+        default=("pending*", "process*", "submitted", "created", "queued", "requested", "in_progress*"),
+        description="… that means under way. A word of no list counts as this too, and is warned of.",
+    )
+    failed: tuple[StatusWord, ...] = Field(
+        default=("failed", "failure", "rejected", "reverted", "cancelled", "canceled", "error", "declined"),
+        description="… that means failed for certain; a word of several lists means this first.",
+    )
 
 
 class Brand(Section):
@@ -366,6 +384,13 @@ class Retention(Section):
     signals_days: Days | None = Field(
         default=None,
         description="Signals that every endpoint is done with; unset: for ever. The pull stream begins there.",
+    )
+    versions_days: Days = Field(
+        default=90.0, description="Earlier versions of partners' records, once another has taken their place."
+    )
+    questions_days: Days = Field(
+        default=90.0,
+        description="Re-readings that have ended, and looks at transactions that no partner's record names any more.",
     )
 
 

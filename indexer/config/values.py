@@ -202,6 +202,14 @@ SocketUrl = Annotated[str, AfterValidator(_socket_url)]
 DatabaseUrl = Annotated[str, AfterValidator(_database_url)]
 
 
+def _status_word(value: str) -> str:
+    word = value.strip().lower()
+    if not word.rstrip("*") or "*" in word[:-1]:
+        refuse("expected a word, or the beginning of one and a final *")
+    return word
+
+
+StatusWord = Annotated[str, Field(max_length=64), AfterValidator(_status_word)]
 Listen = Annotated[str, AfterValidator(_listen)]
 Network = Annotated[str, AfterValidator(_network)]
 Event = Annotated[str, AfterValidator(_event)]

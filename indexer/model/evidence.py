@@ -114,7 +114,7 @@ class Check(StrEnum):
     """What our own look at a partner's transaction, on a chain that we follow, makes of it."""
 
     NEEDLESS = "needless"  # a ledger that we do not follow: the partner's word is all there is
-    WAITING = "waiting"  # not looked yet, or the chain does not hold it (now)
+    WAITING = "waiting"  # not looked yet, the chain does not hold it (now), or nobody told us which token to look for
     HOLDS = "holds"
     REFUTED = "refuted"  # it failed, or moves something else
 
@@ -147,7 +147,8 @@ class PartnerTransfer:
 
     `stated_ms` is the record's own time; `settled_ms` since when it is included or succeeded with this status, hash and amount,
     `seen_ms` when it was last read so: both by our clock. `looks` are our answers about its transactions, each of them, where
-    `chain_id` names a chain that we follow.
+    `chain_id` names a chain that we follow. `contract` is the points token there in lower-case 0x text, by configuration: anyone
+    can send a token of their own.
     """
 
     brand: str
@@ -169,6 +170,7 @@ class PartnerTransfer:
     block_number: int | None = None
     withdrawn: bool = False
     looks: tuple[Look, ...] = ()
+    contract: str | None = None
 
     @cached_property
     def id(self) -> UUID:
@@ -200,16 +202,23 @@ class PartnerTransfer:
             return Check.REFUTED
         if not ours or len(seen) < len(ours) or any(look.success is None for look in seen):
             return Check.WAITING
+        if self.contract is None:
+            return Check.WAITING
         receives = self.kind in INCOMING
         values = [
             moved.value
             for look in seen
             for moved in look.moved
-            if (moved.recipient if receives else moved.sender) == self.wallet
+            if moved.token == self.contract and (moved.recipient if receives else moved.sender) == self.wallet
         ]
         # a transaction may carry the transfers of several orders: one of them may be this one's
         one = len(seen) == 1 and self.amount in values
         return Check.HOLDS if self.amount is not None and (one or sum(values) == self.amount) else Check.REFUTED
+
+    @property
+    def lacks_contract(self) -> bool:
+        """On a chain that we follow, and nobody has configured which token's transfers count there."""
+        return self.chain_id is not None and self.contract is None
 
     @property
     def place(self) -> Place | None:

@@ -70,6 +70,8 @@ class Desk:
     _health_at: float = 0.0
     _ahead: float = 0.0  # the database's clock less ours, seconds
     told: set[str] = field(default_factory=set)
+    _refused: str | None = None  # as it was logged last
+    _troubles: set[str] = field(default_factory=set)  # kinds that were logged since all was well
 
     def count(self, oddity: Oddity, times: int = 1) -> None:
         if times:
@@ -132,18 +134,34 @@ class Desk:
         now, state = self.clock.now(), (health.problem, health.refused)
         if self._health == state and now - self._health_at < HEALTH_SECONDS:
             return
-        if self._health is None or state != self._health:
-            if health.refused is not None:
-                log.error("the partner does not accept the key", **self._who, reason=health.refused)
-            elif health.problem is not None:
-                log.warning("the partner does not answer well", **self._who, reason=health.problem)
-            elif self._health is not None:
-                log.info("the partner answers again", **self._who)
+        self._tell_health()
         ago = None if health.answered_at is None else max(0.0, self.clock.wall() - health.answered_at)
         async with self.lease.transaction() as conn:
             await accounts.note_health(conn, self.account, *state, ago)
         self.metrics.partner_refused.labels(*self.account).set(health.refused is not None)
         self._health, self._health_at = state, now
+
+    def _tell_health(self) -> None:
+        """Each refusal and each kind of trouble is logged once, until all is well again."""
+        health = self.client.health
+        if health.refused is not None:
+            if health.refused != self._refused:
+                log.error("the partner does not accept the key", **self._who, reason=health.refused)
+        elif health.problem is not None:
+            if (kind := health.kind or health.problem) not in self._troubles:
+                self._troubles.add(kind)
+                log.warning("the partner does not answer well", **self._who, reason=health.problem)
+        elif self._refused is not None or self._troubles:
+            self._troubles.clear()
+            log.info("the partner answers again", **self._who)
+        self._refused = health.refused
+
+    def unknown_word(self, where: str, word: str) -> None:
+        """A word of an enumeration that is not configured: told once."""
+        told = f"{where} {word}"
+        if told not in self.told and len(self.told) < 1000:
+            self.told.add(told)
+            log.warning("a word is not known, and counts as pending", **self._who, field=where, word=word)
 
     def record(
         self,

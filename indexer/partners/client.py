@@ -94,6 +94,7 @@ class Credential:
     def __init__(self, rate: float, clock: Clock, rng: Random) -> None:
         self.rate, self._clock, self._rng = rate, clock, rng
         self._next = 0.0
+        self._queue = asyncio.Lock()  # first come, first served
         self._quiet_until = 0.0
         self._failures = 0  # requests in a row that failed for good, or were told to wait
         self._refused: dict[str, Refusal] = {}  # by endpoint; "" is every one
@@ -103,29 +104,26 @@ class Credential:
         """Seconds for which nothing will be asked."""
         return max(0.0, self._quiet_until - self._clock.now())
 
-    @property
-    def refused(self) -> Refusal | None:
-        """What stops the key as a whole, or one endpoint of it."""
-        return next(iter(self._refused.values()), None)
-
     def slower(self, rate: float) -> None:
         """Another account with the same key: the lower pace counts."""
         self.rate = min(self.rate, rate)
 
     async def turn(self, endpoint: str) -> float | None:
         """Waits for a place. Answers seconds of quiet instead where those are too long to wait for."""
-        while True:
-            now = self._clock.now()
-            at = max(now, self._next)
-            if self._quiet_until > at:
-                if self._quiet_until - now > LONGEST_WAIT:
-                    return self._quiet_until - now
-                at = self._quiet_until
-            self._next = at + 1 / self.rate
-            if at > now:
-                await self._clock.sleep(at - now)
-            if self._quiet_until <= self._clock.now():  # else somebody was told meanwhile to be quiet
-                return None
+        async with self._queue:
+            while True:
+                now = self._clock.now()
+                at = max(now, self._next)
+                if self._quiet_until > at:
+                    if self._quiet_until - now > LONGEST_WAIT:
+                        return self._quiet_until - now
+                    at = self._quiet_until
+                if at > now:
+                    await self._clock.sleep(at - now)
+                # from when it really goes: who was woken late must not be followed too soon
+                self._next = max(at, self._clock.now()) + 1 / self.rate
+                if self._quiet_until <= self._clock.now():  # else somebody was told meanwhile to be quiet
+                    return None
 
     def stopped(self, endpoint: str) -> Refusal | None:
         """The refusal that forbids a request now. The first to ask after `PROBE` seconds is let through."""
@@ -147,6 +145,8 @@ class Credential:
     def denied(self, endpoint: str, status: int) -> bool:
         """True when this is news. 401 speaks of the key, 403 of what it may read."""
         scope = "" if status == 401 else endpoint
+        if scope:
+            self._refused.pop("", None)  # the key itself is accepted
         now = self._clock.now()
         news = scope not in self._refused
         since = now if news else self._refused[scope].since
@@ -180,9 +180,36 @@ class Health:
     """How the account fares, for its row in the store and for the log."""
 
     problem: str | None = None
-    refused: str | None = None
+    kind: str | None = None  # the outcome that the problem is counted by: its words may be others each time
     answered_at: float | None = None  # Unix seconds of the last usable answer
-    told: set[str] = field(default_factory=set)
+    _refusals: dict[str, tuple[int, str]] = field(default_factory=dict)  # by endpoint ("": every one) the first words
+
+    @property
+    def refused(self) -> str | None:
+        """What stops the key, or some endpoints of it; the same words for as long as it is the same."""
+        return "; ".join(self._refusals[scope][1] for scope in sorted(self._refusals)) or None
+
+    def worked(self, endpoint: str, at: float) -> None:
+        self.answered_at = at
+        self._refusals.pop("", None)
+        self.forgive(endpoint)
+
+    def forgive(self, endpoint: str) -> None:
+        """That endpoint is well, or not needed."""
+        self._refusals.pop(endpoint, None)
+        self.problem, self.kind = self.refused, "denied" if self._refusals else None
+
+    def note(self, problem: str, kind: str) -> None:
+        self.problem, self.kind = problem, kind
+
+    def denied(self, endpoint: str, status: int, words: str) -> None:
+        """401 speaks of the key, 403 of one endpoint. What is told again, or by a look that was not taken, is no news."""
+        scope = "" if status == 401 else endpoint
+        if scope:
+            self._refusals.pop("", None)  # the key itself is accepted
+        if self._refusals.get(scope, (0, ""))[0] != status:
+            self._refusals[scope] = (status, words)
+        self.note(self.refused or words, "denied")
 
 
 class Client:
@@ -231,8 +258,8 @@ class Client:
                 Denied(self.who, endpoint, "stopped", "the key was refused and is not used", refusal.status)
             )
         if (quiet := await self.credential.turn(endpoint)) is not None:
-            self.health.problem = f"it asked for quiet, for another {quiet:.0f} s"
-            limited = Limited(self.who, endpoint, "quiet", self.health.problem)
+            limited = Limited(self.who, endpoint, "quiet", f"it asked for quiet, for another {quiet:.0f} s")
+            self.health.note("it asked for quiet", limited.outcome)
             limited.retry_after = quiet
             raise limited
         started, outcome = self._clock.now(), "cancelled"
@@ -248,14 +275,14 @@ class Client:
         finally:
             self._observe(endpoint, outcome, self._clock.now() - started)
         self.credential.worked(endpoint)
-        self.health.problem = self.health.refused = None
-        self.health.answered_at = self._clock.wall()
+        self.health.worked(endpoint, self._clock.wall())
         return document
 
     def _noted(self, error: PartnerError) -> PartnerError:
-        self.health.problem = str(error)
         if isinstance(error, Denied):
-            self.health.refused = str(error)
+            self.health.denied(error.endpoint, error.status or 401, str(error))
+        else:
+            self.health.note(str(error), error.outcome)
         return error
 
     def _read(self, endpoint: str, reply: Reply) -> Any:
@@ -294,22 +321,39 @@ class Client:
         """What a body says to people, short, without markup, secrets or mail addresses."""
         words = problem_of(reply.body)
         if words is None:
-            raw = reply.body[:20_000].decode(errors="replace")
-            if title := re.search(r"<title[^>]*>([^<]{1,200})", raw, re.IGNORECASE):
-                raw = title[1]
-            words = re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", raw, flags=re.DOTALL | re.IGNORECASE)
+            words = quotable(reply.body, _kind(reply))
         words = _MAIL.sub("…@…", redact(words, self._secrets))
         words = " ".join("".join(c if c.isprintable() else " " for c in words).split())
         return words if len(words) <= 200 else words[:199] + "…"
 
 
 _DECODER = msgspec.json.Decoder(float_hook=Decimal)
+_KEYED = re.compile(r"[\"']\s*:")  # as in an object, wherever it begins
 _MAIL = re.compile(r"[^\s@\"'<>]{1,64}@[^\s@\"'<>]+")
 
 
 def _kind(reply: Reply) -> str:
     kind = reply.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     return kind if re.fullmatch(r"[a-z0-9.+-]+/[a-z0-9.+-]+", kind) else "something of no type"
+
+
+def quotable(body: bytes, kind: str) -> str:
+    """Of a body that is no error document: a page's title or first words, a line of plain text. `kind` is its content type.
+
+    Of JSON nothing: a row that was cut off holds people.
+    """
+    raw = body[:20_000].decode(errors="replace").lstrip("\ufeff \t\r\n")
+    if not raw:
+        return ""
+    if "json" in kind or raw[0] in '{["' or (_KEYED.search(raw) and not raw.startswith("<")):
+        return f"{len(body)} bytes of JSON that cannot be used"
+    if "html" not in kind and "xml" not in kind and not raw.startswith("<"):
+        return raw.splitlines()[0]
+    if title := re.search(r"<title[^>]*>([^<]{1,200})", raw, re.IGNORECASE):
+        return title[1]
+    shown = re.sub(r"<(script|style)\b.*?(</\1>|\Z)|<!--.*?(-->|\Z)", " ", raw, flags=re.DOTALL | re.IGNORECASE)
+    first = re.search(r">\s*([^<>\s][^<>]{0,199})", shown)
+    return first[1] if first and not _KEYED.search(first[1]) else "a page without a title"
 
 
 def problem_of(body: bytes) -> str | None:

@@ -321,7 +321,7 @@ class KeybanPoller:
 
     def _no_listing(self) -> bool:
         self._listing_from = self._desk.clock.now() + LISTING_AGAIN
-        self._desk.client.health.problem = self._desk.client.health.refused = None
+        self._desk.client.health.forgive("orders_all")
         return False
 
     def _take_due(self) -> list[str]:

@@ -164,7 +164,7 @@ class LoyfinPoller:
                 self._failures += 1
                 if isinstance(error, Unusable):
                     desk.quarantine(str(error))
-                    desk.client.health.problem = str(error)
+                    desk.client.health.note(str(error), "unusable")
                 if isinstance(error, Limited) and error.retry_after is not None:
                     wait = error.retry_after
                 elif isinstance(error, Denied):

@@ -18,11 +18,13 @@ from indexer.partners.reading import Drift
 from indexer.partners.schedule import SLOWEST, pause
 from indexer.partners.transactions import (
     History,
+    Words,
     history_of,
     row_id,
     row_time,
     scrubbed,
     transfers_of,
+    unknown_status,
 )
 from indexer.store import partner_accounts as accounts
 from indexer.store import partners as store
@@ -53,8 +55,11 @@ class Reading:
 class QiibeePoller:
     """One brand's account. `settle_after`: seconds for which a success must stand unchanged."""
 
-    def __init__(self, desk: Desk, poll: float, settle_after: float, *, sweep_every: float = SWEEP_EVERY) -> None:
+    def __init__(
+        self, desk: Desk, poll: float, settle_after: float, words: Words, *, sweep_every: float = SWEEP_EVERY
+    ) -> None:
         self._desk, self._poll, self._keep, self._sweep_every = desk, poll, settle_after, sweep_every
+        self._words = words
         self._newest: float | None = None  # registration of the youngest open leg, of the schedule's clock
         self._failures = 0
 
@@ -71,7 +76,7 @@ class QiibeePoller:
                 self._failures += 1
                 if isinstance(error, Unusable):
                     desk.quarantine(str(error))
-                    desk.client.health.problem = str(error)
+                    desk.client.health.note(str(error), "unusable")
                 wait = error.retry_after if isinstance(error, Limited) else None
                 due = desk.clock.now() + (wait or (WAIT if isinstance(error, Denied) else self._pause()))
             else:
@@ -111,7 +116,7 @@ class QiibeePoller:
         began = desk.wall
         async with desk.lease.transaction() as conn:
             state = await accounts.account_state(conn, desk.account)
-            restless = await store.oldest_restless_ms(conn, desk.account, RESTLESS)
+            restless = await store.oldest_restless_ms(conn, desk.account, began - RESTLESS)
         last: float | None = state.get("last_look")
         reading = Reading()
         offset, before = 0, None
@@ -188,7 +193,10 @@ class QiibeePoller:
         stored: store.Stored,
         last: float | None,
     ) -> None:
-        desk, brand = self._desk, self._desk.account.brand
+        desk, brand, words = self._desk, self._desk.account.brand, self._words
+        for row in rows.values():
+            if (word := unknown_status(row, words)) is not None:
+                desk.unknown_word("status", word)
         known = await store.current_records(conn, desk.account, rows.keys())
         found = [
             desk.record(
@@ -197,7 +205,10 @@ class QiibeePoller:
                 known.get(record),
                 "",
                 None,
-                lambda row, drift: (row_time(row, drift), transfers_of(row, brand, undated=undated, drift=drift)),
+                lambda row, drift: (
+                    row_time(row, drift),
+                    transfers_of(row, brand, words, undated=undated, drift=drift),
+                ),
             )
             for record, row in rows.items()
         ]

@@ -22,6 +22,7 @@ from indexer.partners.keyban import KeybanPoller
 from indexer.partners.loyfin import LoyfinPoller
 from indexer.partners.orders import Ledger
 from indexer.partners.qiibee import QiibeePoller
+from indexer.partners.transactions import Words
 from indexer.store.leases import Lease, LeaseLost
 from indexer.store.partner_accounts import Account
 from indexer.store.wakeups import Wakeups
@@ -132,7 +133,7 @@ class PartnerRuntime:
         if isinstance(section, Loyfin):
             return LoyfinPoller(desk, member.brand.issuers, section.poll)
         if isinstance(section, Qiibee):
-            return QiibeePoller(desk, section.poll, section.settle_after)
+            return QiibeePoller(desk, section.poll, section.settle_after, words_of(section))
         return KeybanPoller(
             desk, ledger_of(member.brand.name, section, self._config), section.poll, keep=section.finalized_after or 0.0
         )
@@ -155,6 +156,11 @@ def ledger_of(brand: str, section: Keyban, config: Config) -> Ledger:
     """Where a brand's Keyban orders stand."""
     chain = followed_chain(section.network, config)
     return Ledger(brand, section.network, section.decimals, chain.chain_id if chain is not None else None)
+
+
+def words_of(section: Qiibee) -> Words:
+    """What the statuses of a brand's qiibee transactions mean."""
+    return Words(section.success, section.pending, section.failed)
 
 
 def asked_chains(config: Config) -> frozenset[int]:

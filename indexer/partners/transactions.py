@@ -34,14 +34,30 @@ _EVENTS: Final[Mapping[str, tuple[str, tuple[str, str], str]]] = {
     "debit_points": (DEBIT, ("user", "user_to"), "points_burned"),
 }
 _OTHER_EVENTS: Final = frozenset({"exchange", "points_to_external_rewards", "points_to_rewards", "credit_nft"})
-_FAILED: Final = frozenset({"failed", "failure", "rejected", "reverted", "cancelled", "canceled", "error", "declined"})
-_PENDING: Final = re.compile(r"pending|processing|processed|submitted|created|queued|requested|in_progress")
 
 _KEPT: Final = (
     "id", "inserted_at", "loyalty_event_type", "status", "tx_hash", "amount_received", "points_burned", "reward_id",
     "exchange_provider",
 )  # fmt: skip
 _KEPT_OF_TOKEN: Final = ("id", "address", "name", "symbol", "type")
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What a row's `status` means, as configured; lower case, a final `*` stands for any ending."""
+
+    success: tuple[str, ...]
+    pending: tuple[str, ...]
+    failed: tuple[str, ...]
+
+    def meaning(self, word: object) -> str | None:
+        """`success`, `pending` or `failed`; None: nobody knows."""
+        given = word.strip().lower() if isinstance(word, str) else ""
+        for name in ("failed", "success", "pending"):
+            known: tuple[str, ...] = getattr(self, name)
+            if any(given == each or (each.endswith("*") and given.startswith(each[:-1])) for each in known):
+                return name
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,20 +110,27 @@ def row_time(row: Any, drift: Drift) -> int | None:
     return instant(table(row).get("inserted_at"), drift)
 
 
-def status_of(row: Any, drift: Drift) -> str:
-    """`success` counts with a transaction behind it; a word that nobody knows is not settled and not failed."""
+def status_of(row: Any, words: Words, drift: Drift) -> str:
+    """A success counts with a transaction behind it; a word that nobody knows is not settled and not failed."""
     word = table(row).get("status")
-    known = word.strip().lower() if isinstance(word, str) else ""
-    if known == "success":
+    meaning = words.meaning(word)
+    if meaning == "success":
         return "succeeded" if identifier(table(row).get("tx_hash")) else "pending"
-    if known in _FAILED:
+    if meaning == "failed":
         return "failed"
-    if word is not None and not _PENDING.match(known):
-        drift["word"] += 1
+    drift["word"] += word is not None and meaning is None
     return "pending"
 
 
-def transfers_of(row: Any, brand: str, *, undated: bool, drift: Drift) -> tuple[TransferRow, ...]:
+def unknown_status(row: Any, words: Words) -> str | None:
+    """The row's status, cut short, where its meaning is not configured."""
+    word = table(row).get("status")
+    if word is None or words.meaning(word) is not None:
+        return None
+    return re.sub(r"[^\w*+. -]", "?", word)[:40] if isinstance(word, str) else f"a {type(word).__name__}"
+
+
+def transfers_of(row: Any, brand: str, words: Words, *, undated: bool, drift: Drift) -> tuple[TransferRow, ...]:
     """The side of the transaction that a leg may wait for. Raises Unusable for a credit or debit of nobody."""
     given = table(row)
     event = identifier(given.get("loyalty_event_type")) or ""
@@ -135,7 +158,7 @@ def transfers_of(row: Any, brand: str, *, undated: bool, drift: Drift) -> tuple[
             amount_text=None if value is None else plain_decimal(value),
             time_ms=time_ms,
             undated=undated and time_ms is None,
-            status=status_of(row, drift),
+            status=status_of(row, words, drift),
             network=QIIBEE,
             chain_id=None,
             tx_hashes=(tx_hash,) if tx_hash else (),

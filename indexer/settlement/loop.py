@@ -17,7 +17,7 @@ from indexer.model.confidence import Alarm, Level
 from indexer.settlement.desk import Pass
 from indexer.settlement.reconciler import Observer, reconcile
 from indexer.settlement.reconsider import Reconsideration
-from indexer.settlement.rules import BrandRules, standing_of
+from indexer.settlement.rules import BrandRules, standing_of, with_contracts
 from indexer.store import operations, unmatched
 from indexer.store.connection import Connection
 from indexer.store.leases import Lease
@@ -141,7 +141,9 @@ async def tell_unmatched_records(
     """Signals partners' records of our wallets, safe and known for `quiet_ms`, that no operation claims. Returns how many."""
     clock_ms = await operations.now_ms(conn)
     standing = standing_of(await operations.heads(conn), rules, clock_ms)
-    found, idle = await unmatched.unmatched_transfers(conn, quiet_ms, limit)
+    due = await unmatched.unmatched_transfers(conn, quiet_ms, limit)
+    due = with_contracts(due, rules)
+    found, idle = [t for t in due if t.counts], [t for t in due if not t.counts]
     decided = await unmatched.offered(conn, found) if found else set()
     deep = [t for t in found if t.id not in decided and (standing.level(t) or Level.INCLUDED) >= Level.SAFE]
     told = {transfer.id for transfer in deep}

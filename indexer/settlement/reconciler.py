@@ -18,7 +18,7 @@ from indexer.model.partner_matching import match_partners
 from indexer.model.signal import Signal
 from indexer.model.standing import AnyEvidence
 from indexer.settlement.desk import Desk, Pass
-from indexer.settlement.rules import BrandRules, standing_of
+from indexer.settlement.rules import BrandRules, standing_of, with_contracts
 from indexer.store import neighbourhood, operations, unmatched
 from indexer.store.connection import Connection
 from indexer.store.neighbourhood import Neighbourhood
@@ -50,6 +50,7 @@ async def reconcile(
     if not ids:
         return done
     around = await neighbourhood.load(conn, ids)
+    around.transfers = with_contracts(around.transfers, rules)
     # Commits come in between these statements. Heads of before a reorganisation say nothing of blocks after it, nor the other
     # way round: of facts that were read between two looks, only what both looks say holds.
     since = await operations.heads(conn)

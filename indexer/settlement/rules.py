@@ -5,14 +5,15 @@ Values only, in the model's terms; the file and its keys are `indexer/config`'s.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from indexer.config import Brand
 from indexer.model.confidence import Heads, Level, Policy
-from indexer.model.evidence import KEYBAN, QIIBEE
+from indexer.model.evidence import KEYBAN, QIIBEE, PartnerTransfer
 from indexer.model.matching import WalletRules
 from indexer.model.standing import PartnerRules, Standing
+from indexer.model.types import hex0x
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class PartnerAccount:
 
     wallet: WalletRules = field(default_factory=WalletRules)
     rules: PartnerRules = field(default_factory=PartnerRules)
+    contract: str | None = None  # the points token on a chain that we follow, lower-case 0x
 
 
 NO_RULES = BrandRules()
@@ -41,6 +43,20 @@ def standing_of(heads: Mapping[int, Heads], rules: Mapping[str, BrandRules], now
         (brand, partner): account.rules for brand, rule in rules.items() for partner, account in rule.partners.items()
     }
     return Standing(heads, partners, now_ms)
+
+
+def with_contracts(transfers: Iterable[PartnerTransfer], rules: Mapping[str, BrandRules]) -> list[PartnerTransfer]:
+    """The records beside the token that our own look at them must find moved; without one that look proves nothing."""
+    return [
+        transfer
+        if transfer.chain_id is None
+        else replace(transfer, contract=_account(rules, transfer.brand, transfer.partner).contract)
+        for transfer in transfers
+    ]
+
+
+def _account(rules: Mapping[str, BrandRules], brand: str, partner: str) -> PartnerAccount:
+    return rules.get(brand, NO_RULES).partners.get(partner, PartnerAccount())
 
 
 def rules_of(brands: Sequence[Brand]) -> dict[str, BrandRules]:
@@ -81,6 +97,7 @@ def _partners_of(brand: Brand) -> dict[str, PartnerAccount]:
                 require_success=keyban.require_success,
                 finalized_after_ms=None if keyban.finalized_after is None else int(keyban.finalized_after * 1000),
             ),
+            None if keyban.token is None else hex0x(keyban.token),
         )
     if brand.qiibee is not None:
         accounts[QIIBEE] = PartnerAccount(

@@ -20,6 +20,7 @@ from indexer.model.types import hex0x
 from indexer.store.operations import Operation
 
 Claims = Mapping[int, Claim | None]
+NO_CONTRACT = "the points token's contract on this chain is not configured (brands.keyban.token)"
 
 
 class Teller:
@@ -159,8 +160,12 @@ class Teller:
                 demand["seconds"] = policy.seconds
             if claim is not None:
                 promised = operation.state in (State.READY, State.FULFILLED)
-                if not promised and not self.standing.reached(policy, self.known[claim.evidence_id]):
-                    told.append({**demand, "for": "confidence"})
+                evidence = self.known[claim.evidence_id]
+                if not promised and not self.standing.reached(policy, evidence):
+                    demand["for"] = "confidence"
+                    if isinstance(evidence, PartnerTransfer) and evidence.lacks_contract:
+                        demand["reason"] = NO_CONTRACT
+                    told.append(demand)
                 continue
             undecided = (self.matching.held, self.matching.conflicts, self.matching.offers)
             demand["for"] = "decision" if any(leg.key in found for found in undecided) else "evidence"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 from indexer.store.connection import Connection
 from indexer.store.partners import touch_partner_legs
@@ -135,3 +136,24 @@ async def answer(conn: Connection, chain_id: int, answers: Sequence[AnswerRow]) 
                 ["0x" + tx.hex() for tx in changed],
             )
     return len(changed)
+
+
+async def forget(conn: Connection, keep: timedelta, limit: int) -> int:
+    """Deletes answered questions, asked longer ago than `keep`, about transactions that no partner's record names any more.
+
+    They would be looked at again for ever. What is final is not looked at again, and stays: what stands may rest on it.
+    At most `limit`; answers how many went. chain_lookup_open_idx, partner_transfer_tx_idx.
+    """
+    status = await conn.execute(
+        """
+        DELETE FROM indexer.chain_lookup WHERE ctid = ANY (ARRAY (
+            SELECT q.ctid FROM indexer.chain_lookup q
+            WHERE NOT q.final AND q.answered_at IS NOT NULL AND q.asked_at < (SELECT clock_timestamp() - $1::interval)
+              AND NOT EXISTS (SELECT FROM indexer.partner_transfer t WHERE t.chain_id IS NOT NULL
+                              AND t.tx_hashes @> ARRAY['0x' || encode(q.tx_hash, 'hex')])
+            LIMIT $2 FOR UPDATE SKIP LOCKED))
+        """,
+        keep,
+        limit,
+    )
+    return int(status.rpartition(" ")[2])

@@ -137,7 +137,7 @@ async def idle_wallets(conn: Connection, account: Account, limit: int) -> list[O
         """
         SELECT wallet, 0, extract(epoch FROM active_at)::float8, 0::bigint, extract(epoch FROM first_look_at)::float8,
                extract(epoch FROM last_look_at)::float8, extract(epoch FROM swept_at)::float8
-        FROM indexer.partner_wallet WHERE brand = $1 AND partner = $2 AND next_look_at < clock_timestamp()
+        FROM indexer.partner_wallet WHERE brand = $1 AND partner = $2 AND next_look_at < (SELECT clock_timestamp())
         ORDER BY next_look_at LIMIT $3
         """,
         account.brand,

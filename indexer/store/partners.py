@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -141,20 +142,20 @@ async def known_of(conn: Connection, account: Account, wallet: str, limit: int |
     return Known(frozenset(r[0] for r in rows), frozenset(r[0] for r in rows if not r[1]))
 
 
-async def oldest_restless_ms(conn: Connection, account: Account, within: float) -> int | None:
-    """The time of the oldest evidence, first seen in the last `within` seconds, that has neither succeeded nor failed.
+async def oldest_restless_ms(conn: Connection, account: Account, since: float) -> int | None:
+    """The time of the oldest evidence, first seen after `since` (Unix seconds), that has neither succeeded nor failed.
 
-    partner_transfer_page_idx.
+    partner_transfer_page_idx: it takes a time that the planner can see, so the database's clock is not asked here.
     """
     found = await conn.fetchval(
         """
         SELECT min(t.time_ms) FROM indexer.partner_transfer t
         WHERE t.brand = $1 AND t.partner = $2 AND t.status IN ('pending', 'included') AND t.withdrawn_at IS NULL
-          AND t.first_seen_at > clock_timestamp() - make_interval(secs => $3)
+          AND t.first_seen_at > to_timestamp($3::float8)
         """,
         account.brand,
         account.partner,
-        within,
+        since,
     )
     return None if found is None else int(found)
 
@@ -418,3 +419,21 @@ async def touch_partner_legs(conn: Connection, brand: str, touched: Iterable[tup
         OPEN,
     )
     await conn.execute("NOTIFY indexer_facts")
+
+
+async def forget_versions(conn: Connection, keep: timedelta, limit: int) -> int:
+    """Deletes versions of records that another has superseded and that were read longer ago than `keep`, the oldest first.
+
+    At most `limit`; answers how many went. The last version of a record stays, and so does the evidence made of any
+    (partner_record_age_idx).
+    """
+    status = await conn.execute(
+        """
+        DELETE FROM indexer.partner_record WHERE ctid = ANY (ARRAY (
+            SELECT ctid FROM indexer.partner_record WHERE NOT current AND seen_at < (SELECT clock_timestamp() - $1::interval)
+            ORDER BY seen_at LIMIT $2 FOR UPDATE SKIP LOCKED))
+        """,
+        keep,
+        limit,
+    )
+    return int(status.rpartition(" ")[2])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal
 from uuid import UUID
 
@@ -74,6 +75,20 @@ async def cancel(conn: Connection, request: UUID) -> bool:
             request,
         )
     )
+
+
+async def forget(conn: Connection, keep: timedelta, limit: int) -> int:
+    """Deletes requests that ended longer ago than `keep` (reread_ended_idx). At most `limit`; answers how many went."""
+    status = await conn.execute(
+        """
+        DELETE FROM indexer.reread WHERE id = ANY (ARRAY (
+            SELECT id FROM indexer.reread WHERE ended_at < (SELECT clock_timestamp() - $1::interval) ORDER BY ended_at LIMIT $2))
+          AND state IN ('done', 'failed', 'cancelled')
+        """,
+        keep,
+        limit,
+    )
+    return int(status.rpartition(" ")[2])
 
 
 async def any_open(conn: Connection, chain_id: int) -> bool:

@@ -233,6 +233,7 @@ reread = Table(
     Column("begun_at", Time),
     Column("ended_at", Time),
     Index("reread_open_idx", "chain_id", "requested_at", postgresql_where=text("state IN ('waiting', 'running')")),
+    Index("reread_ended_idx", "ended_at", postgresql_where=text("ended_at IS NOT NULL")),  # retention
 )
 
 programme = Table(

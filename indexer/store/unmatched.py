@@ -114,10 +114,8 @@ async def move_unmatched_cursor(conn: Connection, chain_id: int, cursor: int) ->
 # --------------------------------------------------------------------------- partners
 
 
-async def unmatched_transfers(
-    conn: Connection, quiet_ms: int, limit: int
-) -> tuple[list[PartnerTransfer], list[PartnerTransfer]]:
-    """Partners' records whose time to be looked at has come, without a claim: those that count, and those that do not (yet).
+async def unmatched_transfers(conn: Connection, quiet_ms: int, limit: int) -> list[PartnerTransfer]:
+    """Partners' records whose time to be looked at has come, without a claim, whether they count (yet) or not.
 
     partner_transfer_unmatched_idx. What a leg claims, what has no time of its own, and what is older than the brand's
     `unmatched_since` is put aside first: it is told to nobody. A record is given `quiet_ms` to find its registration.
@@ -126,7 +124,7 @@ async def unmatched_transfers(
         """
         WITH due AS MATERIALIZED (
             SELECT t.id, t.brand, t.undated, t.status, t.time_ms, t.first_seen_at FROM indexer.partner_transfer t
-            WHERE t.unmatched_look_at <= clock_timestamp() ORDER BY t.unmatched_look_at LIMIT $1 FOR UPDATE SKIP LOCKED)
+            WHERE t.unmatched_look_at <= (SELECT clock_timestamp()) ORDER BY t.unmatched_look_at LIMIT $1 FOR UPDATE SKIP LOCKED)
         UPDATE indexer.partner_transfer t SET unmatched_look_at = NULL
         FROM due JOIN indexer.brand b ON b.name = due.brand
              LEFT JOIN LATERAL (SELECT true AS held FROM indexer.claim c WHERE c.evidence_id = due.id OFFSET 0) AS c ON true
@@ -139,14 +137,13 @@ async def unmatched_transfers(
     rows = await conn.fetch(
         f"""
         SELECT {TRANSFER} FROM indexer.partner_transfer t JOIN indexer.brand b ON b.name = t.brand AND b.active
-        WHERE t.unmatched_look_at <= clock_timestamp() AND t.first_seen_at <= clock_timestamp() - $2 * interval '1 millisecond'
+        WHERE t.unmatched_look_at <= (SELECT clock_timestamp()) AND t.first_seen_at <= clock_timestamp() - $2 * interval '1 millisecond'
         ORDER BY t.unmatched_look_at LIMIT $1
         """,  # noqa: S608
         limit,
         quiet_ms,
     )
-    found = await transfers_of_rows(conn, rows)
-    return [t for t in found if t.counts], [t for t in found if not t.counts]
+    return await transfers_of_rows(conn, rows)
 
 
 async def offered(conn: Connection, transfers: Sequence[PartnerTransfer]) -> set[UUID]:

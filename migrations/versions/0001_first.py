@@ -369,6 +369,7 @@ def create_tables() -> None:
     sa.PrimaryKeyConstraint('id', name=op.f('reread_pk')),
     schema='indexer'
     )
+    op.create_index('reread_ended_idx', 'reread', ['ended_at'], unique=False, schema='indexer', postgresql_where=sa.text('ended_at IS NOT NULL'))
     op.create_index('reread_open_idx', 'reread', ['chain_id', 'requested_at'], unique=False, schema='indexer', postgresql_where=sa.text("state IN ('waiting', 'running')"))
     op.create_table('touched_blocks',
     sa.Column('id', sa.BigInteger(), sa.Identity(always=True), nullable=False),

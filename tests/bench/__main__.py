@@ -16,9 +16,16 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import backfill, pull, settlement, webhooks, workers
+from tests.bench import backfill, partners, pull, settlement, webhooks, workers
 
-BENCHES = {"backfill": backfill, "settlement": settlement, "pull": pull, "webhooks": webhooks, "workers": workers}
+BENCHES = {
+    "backfill": backfill,
+    "settlement": settlement,
+    "pull": pull,
+    "webhooks": webhooks,
+    "workers": workers,
+    "partners": partners,
+}
 
 
 def machine() -> dict[str, Any]:

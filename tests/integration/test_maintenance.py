@@ -231,8 +231,59 @@ async def test_old_deliveries_go_and_a_lost_lease_stops_it(owner_dsn: str, datab
         assert await world.conn.fetchval("SELECT count(*) FROM indexer.outbox") == 1  # signals stay
 
 
+async def test_superseded_versions_and_questions_that_are_over_go(
+    owner_dsn: str, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maintenance, "BATCH", 2)
+    named, nobodys, last, young, open_ = (digest("tx", index) for index in range(5))
+    async with World.at(owner_dsn, RULES) as world:
+        await world.conn.execute(
+            """
+            INSERT INTO indexer.partner_record (brand, partner, record_id, version, raw, wallet, current, seen_at, missing)
+            SELECT $1, 'keyban', record, version, '{}', 'w', version = 4, clock_timestamp() - age * interval '1 day', missing
+            FROM (VALUES ('o1', 1, 99, 0), ('o1', 2, 98, 0), ('o1', 3, 89, 0), ('o1', 4, 1, 0),
+                         ('o2', 1, 99, 0), ('o2', 2, 99, 0), ('o2', 4, 97, 2)) AS v (record, version, age, missing)
+            """,
+            BRAND,
+        )
+        await world.conn.execute(
+            """
+            INSERT INTO indexer.partner_transfer (id, brand, partner, kind, record_id, wallet, status, chain_id, tx_hash, tx_hashes)
+            VALUES ($1, $2, 'keyban', 'keyban.mint', 'o1', 'w', 'included', $3, $4, ARRAY[$5, $4])
+            """,
+            uuid4(), BRAND, CHAIN, hexa(named), hexa(digest("another of it")),
+        )  # fmt: skip
+        await world.conn.executemany(
+            """
+            INSERT INTO indexer.chain_lookup (chain_id, tx_hash, asked_at, answered_at, final)
+            VALUES ($1, $2, clock_timestamp() - $3 * interval '1 day', CASE WHEN $4 THEN clock_timestamp() END, $5)
+            """,
+            [
+                (CHAIN, named, 99, True, False), (CHAIN, digest("another of it"), 99, True, False), (CHAIN, nobodys, 99, True, False),
+                (CHAIN, last, 99, True, True), (CHAIN, young, 89, True, False), (CHAIN, open_, 99, False, False),
+            ],
+        )  # fmt: skip
+        await world.conn.execute(
+            """
+            INSERT INTO indexer.reread (chain_id, kind, from_block, state, trouble, requested_at, ended_at)
+            SELECT $1, 'audit', 0, state, name, clock_timestamp() - interval '99 days', clock_timestamp() - age * interval '1 day'
+            FROM (VALUES ('a', 'done', 91), ('b', 'failed', 91), ('c', 'cancelled', 91), ('young', 'done', 89),
+                         ('runs', 'running', NULL), ('waits', 'waiting', NULL)) AS r (name, state, age)
+            """,
+            CHAIN,
+        )
+        async with holding(database) as lease:
+            assert await do_chores(lease, Retention(), Metrics()) == {"partner_versions": 4, "lookups": 1, "rereads": 3}
+            assert await do_chores(lease, Retention(), Metrics()) == {}
+        assert await ids(world, "SELECT record_id || version FROM indexer.partner_record") == {"o13", "o14", "o24"}
+        assert await ids(world, "SELECT tx_hash FROM indexer.chain_lookup") == {
+            named, digest("another of it"), last, young, open_,
+        }  # fmt: skip
+        assert await ids(world, "SELECT trouble FROM indexer.reread") == {"young", "runs", "waits"}
+
+
 def test_every_chore_is_told_apart() -> None:
     names = [chore.what for chore in CHORES]
     assert len(set(names)) == len(names)
-    every = Retention(deliveries_days=2, orphans_days=3, signals_days=4)
+    every = Retention(deliveries_days=2, orphans_days=3, signals_days=4, versions_days=5, questions_days=6)
     assert {chore.days(every) for chore in CHORES} == set(every.model_dump().values())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID
 
 import pytest
+from structlog.testing import capture_logs
 
 from indexer.config import Config
 from indexer.daemon import serve
@@ -26,19 +29,23 @@ from tests.partner_office import BRAND, KEY
 pytestmark = pytest.mark.xdist_group("partner-daemon")
 
 
-@asynccontextmanager
-async def running(dsn: str, tmp: Any, **partners: dict[str, Any]) -> AsyncIterator[None]:
-    """`serve` with one brand and these sections, until the body ends."""
-    config = Config.model_validate(
+def configured(dsn: str, tmp: Any, *others: dict[str, Any], **partners: dict[str, Any]) -> Config:
+    """One brand with these sections, and whole `others`."""
+    return Config.model_validate(
         {
             "state_dir": str(tmp),
             "database": {"url": dsn, "lease_seconds": 5},
             "http": {"listen": "127.0.0.1:0"},
-            "brands": [{"name": BRAND, "policies": [{"confidence": "included"}], **partners}],
+            "brands": [{"name": BRAND, "policies": [{"confidence": "included"}], **partners}, *others],
         }
     )
+
+
+@asynccontextmanager
+async def running(config: Config, reread: Callable[[], Config] | None = None) -> AsyncIterator[None]:
+    """`serve` until the body ends."""
     stop, up = asyncio.Event(), asyncio.Event()
-    task = asyncio.create_task(serve(config, announce=lambda *_: up.set(), stop=stop))
+    task = asyncio.create_task(serve(config, announce=lambda *_: up.set(), stop=stop, reread=reread))
     try:
         waiting = asyncio.create_task(up.wait())
         await asyncio.wait({waiting, task}, return_when=asyncio.FIRST_COMPLETED)
@@ -101,7 +108,7 @@ async def test_legs_of_every_partner_settle_in_any_weather(database: Database, d
             "qiibee": {"url": q.url, "api_key": KEY, "poll": 0.3, "settle_after": 0.3, "requests_per_second": 50},
             "loyfin": {"url": api.url, "poll": 1},
         }  # fmt: skip
-        async with running(dsn, tmp_path, **sections):
+        async with running(configured(dsn, tmp_path, **sections)):
             for number, (account, user) in enumerate(zip(accounts, users, strict=True)):
                 keyban.mint(account, 10 + number)
                 qiibee.credit(user, 20 + number)
@@ -132,3 +139,41 @@ async def test_legs_of_every_partner_settle_in_any_weather(database: Database, d
             assert told is None or "no connection" in told or "broke" in told  # None: nothing was asked of it
         bases = await database.pool.fetch("SELECT DISTINCT basis FROM indexer.claim")
         assert [row[0] for row in bases] == ["wallet_amount"]
+
+
+async def test_a_reload_takes_a_new_key_and_new_accounts_and_leaves_the_rest_alone(
+    database: Database, dsn: str, tmp_path: Any
+) -> None:
+    async def epochs() -> dict[str, int]:
+        rows = await database.pool.fetch("SELECT task, epoch FROM indexer.lease WHERE holder IS NOT NULL")
+        return {row["task"]: row["epoch"] for row in rows}
+
+    async def accounts() -> set[tuple[str, str]]:
+        rows = await database.pool.fetch("SELECT brand, partner FROM indexer.partner_account WHERE active")
+        return {tuple(row) for row in rows}
+
+    keyban = Keyban(seed=1, clock=time.time, keys=[KEY, "the-new-key-of-rose"])
+    account = keyban.open_account()
+    async with Hosted(keyban) as k:
+        section = {"url": k.url, "network": "StellarTestnet", "poll": 0.2, "requests_per_second": 50}
+        wrong = configured(dsn, tmp_path, keyban=section | {"api_key": "a-key-that-was-revoked"})
+        rose = {"name": "rose", "keyban": section | {"api_key": "the-new-key-of-rose"}}
+        right = configured(dsn, tmp_path, rose, keyban=section | {"api_key": KEY, "poll": 0.3})
+        with capture_logs() as logs:
+            async with running(wrong, lambda: right):
+                keyban.mint(account, 10)
+                await register(database, "m", {"kind": "keyban.mint", "walletId": account.wallet, "amount": "10"})
+                async with asyncio.timeout(20):
+                    refused = "SELECT stopped_at FROM indexer.partner_account WHERE stopped_at IS NOT NULL"
+                    while await database.pool.fetchval(refused) is None or len(await epochs()) < 6:
+                        await asyncio.sleep(0.1)
+                before = await epochs()
+                os.kill(os.getpid(), signal.SIGHUP)
+                await settled(database, 1, 20)
+                after = await epochs()
+                assert await accounts() == {(BRAND, "keyban"), ("rose", "keyban")}
+                assert await database.pool.fetchval(refused) is None
+        (done,) = [entry for entry in logs if entry["event"] == "the configuration was read again"]
+        assert set(done["restarted"]) == {"partners", "settle"}, "a brand more is rules more"
+        assert {task for task in before if after.get(task) != before[task]} == {f"poll:keyban:{BRAND}", "settle"}
+        assert f"poll:keyban:{BRAND}" in before

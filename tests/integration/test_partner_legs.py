@@ -11,14 +11,18 @@ from typing import Any
 from uuid import UUID
 
 import asyncpg
+import msgspec
 import pytest
 
+from indexer.api import shapes
 from indexer.model.confidence import Level, Policy
 from indexer.model.evidence import transfer_id
 from indexer.model.matching import WalletRules
+from indexer.model.signal import instant
 from indexer.model.standing import PartnerRules
 from indexer.settlement.loop import tell_unmatched_records
 from indexer.settlement.rules import BrandRules, PartnerAccount
+from indexer.store.signals import number
 from tests.world import BRAND, CHAIN, FACTORY, ISSUER, World, digest, hexa, problem
 
 HOUR_MS = 3_600_000
@@ -27,8 +31,9 @@ ALICE, BOB = "GALICE", "GBOB"
 TX = digest("tx")
 
 
-def rules(*policies: Policy, hold: bool = False, **given: Any) -> dict[str, BrandRules]:
-    account = PartnerAccount(WalletRules(WALLET.skew_ms, WALLET.window_ms, hold), PartnerRules(**given))
+def rules(*policies: Policy, hold: bool = False, contract: str | None = "0x70", **given: Any) -> dict[str, BrandRules]:
+    wallet = WalletRules(WALLET.skew_ms, WALLET.window_ms, hold)
+    account = PartnerAccount(wallet, PartnerRules(**given), contract)
     return {BRAND: BrandRules(policies, WALLET, {"keyban": account, "qiibee": account})}
 
 
@@ -83,10 +88,18 @@ class PartnerWorld(World):
         await self.touch_all()
 
     async def answer(
-        self, block: int | None, value: int = 250, success: bool = True, block_hash: bytes | None = None
+        self,
+        block: int | None,
+        value: int = 250,
+        success: bool = True,
+        block_hash: bytes | None = None,
+        *,
+        tx: bytes = TX,
+        to: str = "0xa1",
+        token: str = "0x70",
     ) -> None:
-        """The chain room's answer about the transaction TX."""
-        moved = [{"token": "0x70", "from": "0x00", "to": "0xa1", "value": str(value)}]
+        """The chain room's answer about a transaction."""
+        moved = [{"token": token, "from": "0x00", "to": to, "value": str(value)}]
         await self.conn.execute(
             """
             INSERT INTO indexer.chain_lookup (chain_id, tx_hash, answered_at, block_number, block_hash, success, transfer)
@@ -94,7 +107,7 @@ class PartnerWorld(World):
             ON CONFLICT (chain_id, tx_hash) DO UPDATE SET block_number = excluded.block_number, block_hash = excluded.block_hash,
                 success = excluded.success, transfer = excluded.transfer, answered_at = excluded.answered_at
             """,
-            CHAIN, TX, block, block_hash or (None if block is None else digest("a", block)), success, moved,
+            CHAIN, tx, block, block_hash or (None if block is None else digest("a", block)), success, moved,
         )  # fmt: skip
         await self.touch_all()
 
@@ -225,6 +238,9 @@ async def test_a_withdrawn_record_unsettles_and_its_return_is_the_next_generatio
         operation = await world.register(mint())
         await world.record()
         await world.settle()
+        settled = await world.conn.fetchval(
+            "SELECT extract(epoch FROM settled_at) * 1000 FROM indexer.partner_transfer"
+        )
         await world.record(withdrawn=True)
         assert await world.settle() == ["operation.reverted"]
         assert await world.state(operation) == "pending", "two sweeps were sure of it"
@@ -234,6 +250,7 @@ async def test_a_withdrawn_record_unsettles_and_its_return_is_the_next_generatio
                 "provider": "keyban",
                 "recordId": "o1",
                 "evidenceId": str(transfer_id("keyban", BRAND, "keyban.mint", "o1")),
+                "settledAt": instant(round(settled)),
             }
         ]
         await world.record()
@@ -250,6 +267,27 @@ async def test_a_withdrawn_record_unsettles_and_its_return_is_the_next_generatio
             assert await world.state(operation) == "fulfilled"
         told = [kind for kind in await world.trace(operation) if kind in ("ready", "reverted", "restored")]
         assert told == ["ready", "reverted", "ready", *["reverted", "restored"] * 3]
+
+
+@pytest.mark.parametrize("changed", [{"tx": "cd" * 32}, {"status": "included"}])
+async def test_a_stricter_policy_takes_nothing_back_and_a_record_that_changes_does(
+    owner_dsn: str, changed: dict[str, Any]
+) -> None:
+    async with world_at(owner_dsn, rules(Policy(Level.INCLUDED))) as world:
+        operation, other = await world.register(mint()), await world.register(mint(BOB))
+        await world.record(network="EthereumAnvil")  # on a ledger that nobody follows a record is never final
+        assert await world.settle() == ["operation.ready"]
+        world.rules = rules(Policy(Level.FINALIZED))
+        await world.record("o2", network="EthereumAnvil", wallet=BOB)
+        assert await world.settle() == ["operation.confirming"]
+        assert [await world.state(o) for o in (operation, other)] == ["ready", "confirming"], "for what comes after it"
+        # nor is it taken back once handed over, however often it is looked at
+        await world.fulfil(operation, 1)
+        await world.settle()
+        assert await world.state(operation) == "fulfilled"
+        await world.record(network="EthereumAnvil", **changed)
+        assert await world.settle() == ["operation.reverted"], "what was promised is not there as it was"
+        assert (await world.said(operation, "reverted"))[0]["lost"][0]["recordId"] == "o1"
 
 
 async def test_qiibee_stands_for_settle_after_and_a_change_begins_anew(owner_dsn: str) -> None:
@@ -344,6 +382,26 @@ async def test_on_a_followed_chain_a_transfer_settles_after_our_own_look_and_on_
         await world.heads(safe=102, finalized=102)
         assert await world.settle() == ["operation.ready", "operation.finalized"]
         assert (await world.said(operation, "ready"))[-1]["evidence"][0]["blockNumber"] == "102"
+
+
+async def test_a_transfer_of_another_token_settles_nothing_and_without_a_token_configured_none_does(
+    owner_dsn: str,
+) -> None:
+    async with world_at(owner_dsn, rules(Policy(Level.INCLUDED), contract=None)) as world:
+        operation = await world.register(mint("0xa1"))
+        await world.record(wallet="0xa1", network="BaseSepolia", chain_id=CHAIN, tx=hexa(TX))
+        await world.heads(head=200, safe=200, finalized=200)
+        await world.answer(101)
+        await world.settle()
+        assert await world.state(operation) == "confirming", "what the chain holds is not what nobody named"
+        waiting = (await world.operation(operation))["detail"]["waitingFor"][0]
+        assert waiting["for"] == "confidence" and "brands.keyban.token" in waiting["reason"]
+        world.rules = rules(Policy(Level.INCLUDED))  # configured now
+        await world.answer(101, token="0x71")  # somebody's own token, the same wallet and amount
+        assert "operation.ready" not in await world.settle()
+        assert await world.state(operation) == "pending"
+        await world.answer(101)
+        assert "operation.ready" in await world.settle()
 
 
 async def test_what_the_chain_refutes_settles_nothing_and_a_latched_chain_waits(owner_dsn: str) -> None:
@@ -494,3 +552,55 @@ async def test_a_record_that_nothing_claims_is_told_once_it_is_final_and_ten_min
         await world.decide(claimed, transfer_id("keyban", BRAND, "keyban.mint", "claimed"), False)
         await world.settle()
         assert await told() == 1
+
+
+# --------------------------------------------------------------------------- words
+
+
+async def test_what_is_told_of_partners_has_the_documented_shapes(owner_dsn: str) -> None:
+    async with world_at(owner_dsn, rules(Policy(Level.INCLUDED))) as world:
+        await world.register(
+            world.leg(nonce=hexa(world.nonce())), mint(), credit(token=12, requestedAt="2026-11-21T10:00:00Z")
+        )
+        for wallet in ("w1", "w2", "w3", "w4"):
+            await world.register(mint(wallet))
+        late = await world.register(mint("w5"))
+        await world.record("o1", wallet="w1")
+        await world.record("o2", wallet="w2", status="failed")
+        await world.record("o3", wallet="w3", at=None, undated=True)
+        await world.record("o4", wallet="w4", status="pending")
+        await world.settle()
+        await world.record("o1", wallet="w1", withdrawn=True)
+        await world.cancel(late)
+        await world.settle()
+        await world.record("o5", wallet="w5")
+        await world.settle()
+        async with world.conn.transaction():
+            await tell_unmatched_records(world.conn, world.rules, 0)
+            await number(world.conn)
+
+        def check(told: Any, shape: Any) -> None:
+            """It is what the document says, and the document leaves nothing out."""
+            read = msgspec.convert(told, shape)
+            assert keys(msgspec.to_builtins(read)) == keys(told)
+
+        def keys(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: keys(each) if key != "metadata" else None for key, each in value.items()}
+            return [keys(each) for each in value] if isinstance(value, list) else None
+
+        seen = set()
+        for row in await world.conn.fetch("SELECT legs, evidence, waiting_for, conflicts FROM loyalty.operations"):
+            check(row["legs"], list[shapes.Leg])
+            check(row["evidence"], list[shapes.Evidence])
+            check(row["waiting_for"], list[shapes.Waiting])
+            check(row["conflicts"], list[shapes.Conflict])
+            seen |= {key for each in row["waiting_for"] for key in each} | {
+                key for each in row["conflicts"] for key in each
+            }
+        assert seen >= {"submitted", "rejected", "undated", "late"}
+        signals = await world.conn.fetch("SELECT type, payload FROM loyalty.signals")
+        for row in signals:
+            check(row["payload"], shapes.Signal)
+        kinds = {"ready", "finalized", "reverted", "rejected", "cancelled", "conflict"}
+        assert {row["type"] for row in signals} >= {f"operation.{kind}" for kind in kinds}

@@ -31,9 +31,12 @@ from indexer.store import (
     facts,
     feed,
     functions,
+    lookups,
     neighbourhood,
     operations,
     overview,
+    partner_accounts,
+    partners,
     programmes,
     queries,
     signals,
@@ -321,7 +324,8 @@ async def test_partner_legs_and_their_records(watched: Watched, conn: asyncpg.Co
         INSERT INTO indexer.partner_transfer (id, brand, partner, kind, record_id, wallet, amount, time_ms, status, network, tx_hashes,
             chain_id, tx_hash, first_seen_at, settled_at)
         SELECT gen_random_uuid(), $1, 'keyban', 'keyban.mint', 'o' || n, 'w' || n % 5000, 100 + n % 3, n * 1000, 'succeeded', 'BaseSepolia',
-            ARRAY['0x' || repeat('ab', 32)], $2, '0x' || repeat('ab', 32), to_timestamp(n), to_timestamp(n) FROM generate_series(1, 40000) AS n
+            ARRAY['0x' || encode(sha256(n::text::bytea), 'hex')], $2, '0x' || encode(sha256(n::text::bytea), 'hex'),
+            to_timestamp(n), to_timestamp(n) FROM generate_series(1, 40000) AS n
         """,
         BRAND,
         CHAIN,
@@ -341,6 +345,65 @@ async def test_partner_legs_and_their_records(watched: Watched, conn: asyncpg.Co
     for view in ("settlements", "partner_orders"):
         where = "operation_id = $1"
         await watched.fetch(f"SELECT * FROM loyalty.{view} WHERE {where}", ids[0])
+    await _pollers(watched, conn)
+
+
+async def _pollers(watched: Watched, conn: asyncpg.Connection) -> None:
+    """What pollers and look-ups ask and write, and retention, on those records: each with a version that was superseded."""
+    await conn.execute(
+        """
+        INSERT INTO indexer.partner_record (brand, partner, record_id, version, raw, wallet, time_ms, seen_at, current)
+        SELECT $1, 'keyban', 'o' || n, v, '{}', 'w' || n % 5000, n * 1000, to_timestamp(1e9 + n), v = 2
+        FROM generate_series(1, 15000) AS n, generate_series(1, 2) AS v
+        """,
+        BRAND,
+    )
+    await conn.execute(
+        """
+        INSERT INTO indexer.partner_wallet (brand, partner, wallet, first_look_at, last_look_at, next_look_at)
+        SELECT $1, 'keyban', 'w' || n, to_timestamp(n), to_timestamp(n), to_timestamp(n) FROM generate_series(0, 20999) AS n
+        """,
+        BRAND,
+    )
+    await conn.execute(
+        """
+        INSERT INTO indexer.chain_lookup (chain_id, tx_hash, answered_at, block_number, block_hash, success, transfer, final)
+        SELECT $1, sha256(n::text::bytea), to_timestamp(n), n, sha256(n::text::bytea), true, '[]', n > 100
+        FROM generate_series(1, 21000) AS n
+        """,
+        CHAIN,
+    )
+    await conn.execute("ANALYZE indexer.partner_record, indexer.partner_wallet, indexer.chain_lookup")
+    db: Any = watched
+    account = partner_accounts.Account(BRAND, "keyban")
+    wallet = "w17"
+    known = await partners.known_of(db, account, wallet)
+    assert len(known.records) == 3
+    current = await partners.current_records(db, account, known.records)
+    assert {each.version for each in current.values()} == {2}
+    await partners.oldest_restless_ms(db, account, datetime.now(UTC).timestamp() - 3600.0)
+    await partners.resting(db, account, list(known.records), 60.0)
+    transfer = partners.TransferRow(
+        uuid4(), "keyban.mint", "new", wallet, None, 100, "100", 1, False, "succeeded", "BaseSepolia", CHAIN, ("0x" + "cd" * 32,), 7
+    )  # fmt: skip
+    stored = await partners.store_records(db, account, [partners.RecordRow("new", 1, {}, wallet, 1, (transfer,))])
+    assert stored.new == 1
+    await partners.still_there(db, account, list(known.records), 60.0)
+    for _ in range(2):
+        stored = await partners.sweep(db, account, wallet, ["new"], 0, 10**12)
+    assert stored.withdrawn == 3
+    await partners.touch_partner_legs(db, BRAND, [("keyban.mint", wallet)])
+    assert len(await partner_accounts.idle_wallets(db, account, 50)) == 50
+    await partner_accounts.looked(db, account, [wallet], 1.0, swept=True, news=False)
+    await lookups.ask_chain(db, [(CHAIN, b"\x07" * 32)])
+    assert await lookups.questions(db, CHAIN, 10, 2.0, 20)
+    await lookups.canonical_hash(db, CHAIN, 5)
+    await lookups.answer(db, CHAIN, [lookups.AnswerRow(b"\x07" * 32, 5, bytes(32), True, [])])
+    assert await partners.forget_versions(db, timedelta(days=30), 500) == 500
+    left = await conn.fetch("SELECT current, count(*) FROM indexer.partner_record GROUP BY 1 ORDER BY 1")
+    assert [tuple(row) for row in left] == [(False, 14_500), (True, 15_001)], "the last version of a record stays"
+    oldest = await conn.fetchval("SELECT min(seen_at) FROM indexer.partner_record WHERE NOT current")
+    assert oldest == datetime.fromtimestamp(1e9 + 501, UTC), "the oldest went"
 
 
 async def test_unmatched_evidence_is_told(watched: Watched) -> None:

@@ -19,11 +19,13 @@ from indexer.commands.wiring import Failure
 from indexer.config import Config
 from indexer.model.confidence import Level, Policy
 from indexer.settlement.rules import BrandRules
+from indexer.store import instance
 from indexer.store.database import Database
 from indexer.store.leases import LeaseLost, Leases
 from indexer.store.signals import number
 from tests.conftest import Postgres
-from tests.world import BASE_MS, BRAND, World, hexa
+from tests.integration.test_partner_legs import PartnerWorld, mint, rules
+from tests.world import BASE_MS, BRAND, CHAIN, World, digest, hexa
 
 RULES = {BRAND: BrandRules((Policy(Level.INCLUDED),))}
 
@@ -178,6 +180,40 @@ async def test_what_was_handed_out_since_the_backup_is_not_handed_out_again(
             assert "--held or --release" in await indexer("restored", "--held", "--release", code=2)
     finally:
         await postgres.execute(f"DROP DATABASE {copy} WITH (FORCE)")
+
+
+async def test_a_partners_record_is_held_by_its_own_time_whenever_it_was_read(owner_dsn: str) -> None:
+    async with PartnerWorld.at(owner_dsn, rules(Policy(Level.INCLUDED))) as world:
+        assert isinstance(world, PartnerWorld)
+        names = ("backed up", "waiting", "between", "timeless", "too near", "mined before", "mined after", "after")
+        wallets = {name: f"0x{index:02x}" if "mined" in name else f"G{index}" for index, name in enumerate(names)}
+        operations = {name: await world.register(mint(wallet), reference=name) for name, wallet in wallets.items()}
+        await world.record("backed up", wallet=wallets["backed up"])
+        await world.record("waiting", wallet=wallets["waiting"], status="pending", at=600.0)
+        await world.settle()
+        done = await instance.restored(world.conn)
+        assert {one.reference for one in done.held} == {"backed up"}
+        await world.conn.execute("UPDATE indexer.chain SET head_at = clock_timestamp() + interval '1 hour'")
+
+        # all of them are read, and settle, after the restoration
+        await world.record("waiting", wallet=wallets["waiting"], at=600.0)  # it may have settled, and been lost, before
+        await world.record("between", wallet=wallets["between"], at=-30.0)
+        await world.record("timeless", wallet=wallets["timeless"], at=None)
+        await world.record("too near", wallet=wallets["too near"], at=60.0)  # a partner's clock may be ahead
+        now = await world.conn.fetchval("SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint")
+        for name, block in (("mined before", 100), ("mined after", (now - BASE_MS) // 200 + 50)):
+            await world.heads(head=block)
+            await world.answer(block, tx=digest(name), to=wallets[name])
+            await world.record(name, wallet=wallets[name], chain_id=CHAIN, tx=hexa(digest(name)), at=-30.0)
+        await world.record("after", wallet=wallets["after"], at=400.0)
+        await world.settle()
+        assert {await world.state(operation) for operation in operations.values()} == {"ready"}
+        free = {operations[name] for name in ("mined after", "after")}
+        assert await pending(world) == free == await claims(world)
+        assert {one.reference for one in await instance.held(world.conn)} == set(names) - {"mined after", "after"}
+
+        assert len(await instance.release(world.conn)) == 1
+        assert await claims(world) == set(operations.values()) - free
 
 
 async def test_the_embedded_database_is_started_for_it(tmp_path: Path) -> None:

@@ -28,6 +28,12 @@ VIEWS = {
         "timestamptz, registered_at timestamptz, cancelled_at timestamptz, metadata jsonb, legs jsonb, evidence "
         "jsonb, waiting_for jsonb, conflicts jsonb"
     ),
+    "partner_orders": (
+        "brand text, provider text, kind text, record_id text, wallet_id text, token text, amount numeric(78,0), "
+        "amount_text text, status text, network text, chain_id bigint, block_number numeric(78,0), tx_hash text, "
+        "record_time timestamptz, undated boolean, first_seen_at timestamptz, settled_at timestamptz, withdrawn_at "
+        "timestamptz, evidence_id uuid, operation_id uuid, leg smallint, ambiguous boolean"
+    ),
     "pending_fulfilments": (
         "operation_id uuid, brand text, reference text, generation integer, ready_at timestamptz, requested_at "
         "timestamptz, metadata jsonb, legs jsonb, consumer text, claimed_until timestamptz, held boolean"
@@ -46,7 +52,8 @@ VIEWS = {
         "operation_id uuid, brand text, reference text, leg smallint, kind text, evidence_id uuid, basis text, "
         "ambiguous boolean, final boolean, claimed_at timestamptz, confidence text, chain_id bigint, block_number "
         "bigint, block_hash text, block_time timestamptz, tx_hash text, log_index integer, issuer text, loyalty_id "
-        "text, holder text, bucket numeric(78,0), amount numeric(78,0)"
+        "text, holder text, bucket numeric(78,0), amount numeric(78,0), provider text, record_id text, wallet_id text, "
+        "token text, network text"
     ),
     "signals": (
         "brand text, sequence bigint, id uuid, type text, operation_id uuid, generation integer, payload jsonb, "
@@ -66,7 +73,7 @@ VIEWS = {
         "brand text, kind text, chain_id bigint, block_number bigint, block_hash text, block_time timestamptz, "
         "tx_hash text, log_index integer, factory text, issuer text, loyalty_id text, holder text, bucket "
         "numeric(78,0), amount numeric(78,0), nonce text, operation_hash text, confidence text, "
-        "before_unmatched_since boolean"
+        "before_unmatched_since boolean, provider text, record_id text, wallet_id text, token text, undated boolean"
     ),
 }
 

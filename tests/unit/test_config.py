@@ -625,11 +625,25 @@ def test_what_is_probably_not_meant_is_a_warning(write: Write, text: str, where:
 def test_a_reachable_policy_is_not_warned_of(write: Write) -> None:
     keyban = '[brands.keyban]\nnetwork = "{}"\napi_key = "k"\n{}'
     policies = 'policies = [{ confidence = "finalized", kind = "keyban.mint" }]\n'
-    for network, more in (("StellarTestnet", ""), ("BaseMainnet", ""), ("base", ""), ("Other", "finalized_after = 60")):
+    token = f'token = "0x{"ab" * 20}"'
+    for network, more in (
+        ("StellarTestnet", ""),
+        ("BaseMainnet", token),
+        ("base", token),
+        ("Other", "finalized_after = 60"),
+    ):
         config = load(write(in_brand(policies + keyban.format(network, more) + "\n" + CHAIN + FACTORY)), {})
         assert config.warnings == (), network
     assert followed_chain("BaseMainnet", config) is config.chains[0]
     assert followed_chain("BaseSepolia", config) is None
+
+
+def test_keyban_on_a_followed_chain_without_its_token_is_warned_of(write: Write) -> None:
+    keyban = '[brands.keyban]\nnetwork = "BaseMainnet"\napi_key = "k"\nfinalized_after = 60\n'
+    for policies in ("", 'policies = [{ confidence = "included", kind = "keyban.mint" }]\n'):
+        config = load(write(in_brand(policies + keyban + CHAIN + FACTORY)), {})
+        assert "keyban.token" in config.warnings[0].where and "points token" in config.warnings[0].what
+        assert bool(policies) is any("no source can reach it" in warned.what for warned in config.warnings)
 
 
 # --------------------------------------------------------------------------- the schema, and anything at all

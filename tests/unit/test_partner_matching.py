@@ -401,8 +401,10 @@ def test_a_failed_leg_leaves_the_operation_open_until_another_has_settled() -> N
 TX = "0x" + "ab" * 32
 
 
-def looked(*values: int, success: bool | None = True, block: int | None = 7, to: str = "0xa1") -> Look:
-    moved = tuple(Moved("0x70", "0x00", to, value) for value in values)
+def looked(
+    *values: int, success: bool | None = True, block: int | None = 7, to: str = "0xa1", token: str = "0x70"
+) -> Look:
+    moved = tuple(Moved(token, "0x00", to, value) for value in values)
     return Look(8453, TX, block, None if block is None else Hash32(bytes(32)), success, moved)
 
 
@@ -416,12 +418,15 @@ def looked(*values: int, success: bool | None = True, block: int | None = 7, to:
         ([looked(100, 250)], Check.HOLDS),
         ([looked(99)], Check.REFUTED),
         ([looked(100, to="0xb0")], Check.REFUTED),
+        ([looked(100, token="0x71")], Check.REFUTED),
         ([looked(100, success=False)], Check.REFUTED),
         ([looked()], Check.REFUTED),
     ],
 )
 def test_on_a_chain_that_we_follow_our_own_look_decides(looks: list[Look], check: Check) -> None:
-    record = a_record(wallet="0xa1", chain_id=8453, tx_hashes=(TX,), looks=tuple(looks))
+    record = a_record(wallet="0xa1", chain_id=8453, tx_hashes=(TX,), looks=tuple(looks), contract="0x70")
+    unconfigured = replace(record, contract=None)
+    assert unconfigured.check is not Check.HOLDS and unconfigured.place is None, "any token may be sent to anybody"
     assert record.check is check and record.counts is (check is not Check.REFUTED)
     assert (record.place is not None) is (check is Check.HOLDS)
     matching = match_partners([a_leg(wallet="0xa1")], [record], rules=RULES)
@@ -432,7 +437,8 @@ def test_on_a_chain_that_we_follow_our_own_look_decides(looks: list[Look], check
 
 def test_several_transactions_of_one_order_are_all_looked_at_and_sum_up() -> None:
     other = "0x" + "cd" * 32
-    record = a_record(wallet="0xa1", chain_id=8453, tx_hashes=(TX, other), looks=(looked(60),))
+    given = {"wallet": "0xa1", "chain_id": 8453, "tx_hashes": (TX, other), "contract": "0x70"}
+    record = a_record(looks=(looked(60),), **given)
     assert record.check is Check.WAITING
     second = replace(looked(40, block=9), tx_hash=other)
     both = replace(record, looks=(looked(60), second))

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from indexer.config import Qiibee
 from indexer.model.types import Address, BadValue, hash32
 from indexer.partners import loyfin, transactions
-from indexer.partners.client import _DECODER, problem_of, retry_after
+from indexer.partners.client import _DECODER, problem_of, quotable, retry_after
 from indexer.partners.orders import (
     Ledger,
     Unusable,
@@ -36,11 +37,13 @@ from indexer.partners.reading import (
     storable,
     without_people,
 )
+from indexer.partners.runtime import words_of
 from indexer.partners.walk import Walker
 from indexer.store.partner_hints import OwnEvent
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 STELLAR = Ledger("bloom", "StellarMainnet")
+WORDS = words_of(Qiibee.model_validate({"api_key": "k"}))
 WALLET = "GCRKV5VQIMXJTYFWFIJ4M726IUWVHW7EJV2A2SSZMO3BO5MI2SBMHNQL"
 ISSUER = "GDPDTXUVKD74XYWH7PNPAGOVC2SJAH5G5NG35JIMKEWSFZOKXD5X4LEM"
 TX = "709b55bd3da0f5a838125bd0ee20c5bfdd7caba173912d4281cae816b79a201b"
@@ -159,7 +162,7 @@ def test_the_samples() -> None:
     assert [
         [
             (t.kind, t.amount, t.status, t.wallet[:4])
-            for t in transactions.transfers_of(row, "bloom", undated=False, drift=Drift())
+            for t in transactions.transfers_of(row, "bloom", WORDS, undated=False, drift=Drift())
         ]
         for row in kept
     ] == [
@@ -224,7 +227,7 @@ def test_a_row_s_status_is_its_own_and_a_success_needs_a_transaction() -> None:
         return [
             (t.status, t.amount, t.wallet, t.token)
             for t in transactions.transfers_of(
-                transactions.scrubbed(row | given), "bloom", undated=False, drift=Drift()
+                transactions.scrubbed(row | given), "bloom", WORDS, undated=False, drift=Drift()
             )
         ]
 
@@ -283,6 +286,47 @@ def test_differences_between_the_api_and_the_chain_are_named() -> None:
 # --------------------------------------------------------------------------- reading
 
 
+@pytest.mark.parametrize(
+    ("word", "meaning"),
+    [
+        ("success", "success"), (" Success ", "success"), ("SETTLED", "success"), ("successful", None),
+        ("processing", "pending"), ("processed", "pending"), ("pending_review", "pending"),
+        ("failed", "failed"), ("reverted", "failed"), ("refused-by-bank", "failed"), ("", None), ("ok", None), (7, None),
+    ],
+)  # fmt: skip
+def test_what_a_status_means_is_configured(word: object, meaning: str | None) -> None:
+    words = words_of(
+        Qiibee.model_validate(
+            {"api_key": "k", "success": ["success", "Settled"], "failed": ["failed", "reverted", "refused*"]}
+        )
+    )
+    assert words.meaning(word) == meaning
+    drift = Drift()
+    row = {"status": word, "tx_hash": "0x1"}
+    said = transactions.status_of(row, words, drift)
+    assert said == {"success": "succeeded", "failed": "failed"}.get(str(meaning), "pending")
+    assert drift["word"] == (meaning is None) and (transactions.unknown_status(row, words) is not None) is (
+        meaning is None
+    )
+
+
+def test_a_body_is_quoted_only_where_nobody_can_be_in_it() -> None:
+    """A row that was cut off holds people, whatever its content type says."""
+    row = b'{"data":{"transactions":[{"id":7,"user":{"first_name":"Ada","second_name":"Lovelace","email":"ada@exam'
+    for kind in ("application/json", "text/html", "text/plain", "something of no type"):
+        for body in (row, b"\xef\xbb\xbf  " + row, row[40:], b"<html><p>" + row[60:]):
+            assert not any(word in quotable(body, kind) for word in ("Ada", "Lovelace", "exam")), (kind, body)
+    assert "cannot be used" in quotable(b"Ada Lovelace", "application/problem+json")
+    assert quotable(b"<title>502 Bad Gateway</title><p>Ada", "text/html") == "502 Bad Gateway"
+    assert (
+        quotable(b"<!-- x --><script>var a=1</script><h1>Out\nof order</h1><p>Ada</p>", "text/html") == "Out\nof order"
+    )
+    assert quotable(b"<br>", "text/html") == "a page without a title"
+    assert quotable(b"upstream timed out\nAda Lovelace", "text/plain") == "upstream timed out" and not quotable(
+        b"", "x"
+    )
+
+
 def test_retry_after_in_both_forms() -> None:
     assert retry_after("12", None, 0) == 12 and retry_after("1e9", None, 0) == 3600 and retry_after("-3", None, 0) == 0
     date = "Sat, 21 Nov 2026 10:00:30 GMT"
@@ -337,7 +381,7 @@ def test_nothing_that_is_json_breaks_a_reader(document: Any) -> None:
         lambda: page_of(document, Drift()),
         lambda: read(document),
         lambda: order_time(document, Drift()),
-        lambda: transactions.transfers_of(document, "bloom", undated=True, drift=Drift()),
+        lambda: transactions.transfers_of(document, "bloom", WORDS, undated=True, drift=Drift()),
         lambda: transactions.scrubbed(document),
         lambda: transactions.history_of(document, Drift()),
         lambda: loyfin.page_of(document),

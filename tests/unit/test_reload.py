@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from indexer.config import Config, contradictions
+from indexer.daemon import _Works
 from indexer.reload import adopt
+from indexer.telemetry import Metrics
 
 FACTORY, OTHER = ("0x" + byte * 20 for byte in ("11", "22"))
 
@@ -81,6 +83,40 @@ def test_the_rest_is_adopted_whatever_stands_beside_it() -> None:
     )
     assert adopted.config.brands == new.brands and adopted.config.retention == new.retention
     assert adopt(adopted.config, new).config == adopted.config  # once more changes nothing
+
+
+def test_partners_are_adopted_with_their_keys_and_restart_their_own_unit_alone() -> None:
+    def partners(**given: Any) -> Config:
+        keyban = {"api_key": "first-key", "network": "StellarTestnet", "poll": 5.0} | given
+        return config(brands=[{"name": "bloom", "issuers": [FACTORY], "keyban": keyban}])
+
+    def restarted(old: Config, new: Config) -> set[str]:
+        """Units that a daemon would begin anew, as `Units.become` compares them."""
+        adopted = adopt(old, new)
+        assert not adopted.refused and adopted.config.brands == new.brands
+        before, after = works.units(old), works.units(adopted.config)
+        return {
+            name
+            for name in before | after
+            if name not in before or name not in after or before[name].settings != after[name].settings
+        }
+
+    works = _Works(None, None, Metrics(), None, None, None)  # type: ignore[arg-type]  # made, not opened
+    old = partners()
+    assert restarted(old, partners()) == set()
+    assert restarted(old, partners(api_key="second-key")) == {"partners"}
+    assert restarted(old, partners(poll=1.0)) == {"partners"}
+    assert restarted(old, partners(window=60.0)) == {"partners", "settle"}  # a rule of settling too
+    # its transactions are looked up on a chain that is followed: that chain's unit has a loop more
+    assert restarted(old, partners(network="chain2")) == {"partners", "chain:2"}
+    assert restarted(old, config(brands=[{"name": "bloom", "issuers": [FACTORY]}])) == {"partners", "settle"}
+    other = {
+        "name": "bloom",
+        "issuers": [FACTORY],
+        "keyban": old.brands[0].keyban,
+        "policies": [{"confidence": "included"}],
+    }
+    assert restarted(old, config(brands=[other])) == {"settle"}
 
 
 def test_a_new_value_that_contradicts_a_kept_one_is_found() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -86,12 +87,15 @@ def test_qiibee_is_final_on_its_word_after_settle_after_and_with_a_hash() -> Non
 
 def test_on_a_chain_that_we_follow_the_ladder_is_the_chains() -> None:
     look = Look(CHAIN, TX, 50, Hash32(bytes(32)), True, (Moved("0x70", "0x00", ALICE, 100),))
-    record = a_record(network="BaseMainnet", chain_id=CHAIN, looks=(look,), stated_ms=500)
+    record = a_record(network="BaseMainnet", chain_id=CHAIN, looks=(look,), stated_ms=500, contract="0x70")
     unseen = a_record(network="BaseMainnet", chain_id=CHAIN)
     for safe, final, level in ((49, 40, Level.INCLUDED), (50, 40, Level.SAFE), (60, 50, Level.FINALIZED)):
         heads = Heads(CHAIN, 100, 2_000, safe, final)
         assert standing(0, heads).level(record) is level
         assert standing(0, heads).level(unseen) is None, "before our own look it is nothing, whatever the partner says"
+        for contract in (None, "0x71"):
+            other = replace(record, contract=contract)
+            assert standing(0, heads).level(other) is None and not standing(0, heads).reached(SAFE, other)
     heads = Heads(CHAIN, 100, 5_999, 49, 40)
     confirmed = Policy(Level.CONFIRMED, seconds=5)
     assert not standing(0, heads).reached(confirmed, record), (

@@ -156,7 +156,7 @@ END $$;
 
 -- A time from an RFC 3339 string with its offset; null when absent. Raises LY422.
 CREATE OR REPLACE FUNCTION indexer.read_time(object jsonb, key text, place text) RETURNS timestamptz
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog AS $$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     value text := object ->> key;
 BEGIN
@@ -172,7 +172,7 @@ END $$;
 
 -- One partner leg, normalised. Nothing names its record beforehand: wallet, amount, token and time are all that can match it.
 CREATE OR REPLACE FUNCTION indexer.normalise_partner_leg(given jsonb, brand text, place text) RETURNS jsonb
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog AS $$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     kind text := given ->> 'kind';
     provider text := split_part(given ->> 'kind', '.', 1); -- no column's name

@@ -5,6 +5,9 @@
 -- They run with their owner's rights, behind security_barrier, and show the rows of the caller's brand: `brand = ANY (…)`
 -- rather than a choice, so that the indexes that begin with the brand serve a brand's login and a reader alike. A chain's
 -- rows carry the brand of their issuer; those of no brand here are for readers and keepers.
+--
+-- A UNION ALL never stands at the top of such a view: PostgreSQL flattens it, its branches are no barriers, and a caller's own
+-- function would be tried on rows of others. It stands in a subquery, and the brand is chosen around it.
 
 -- The brands whose rows this session may see: its own, or all.
 CREATE OR REPLACE VIEW indexer.visible_brand AS
@@ -110,30 +113,31 @@ COMMENT ON COLUMN loyalty.pending_fulfilments.claimed_until IS 'Until when that 
 COMMENT ON COLUMN loyalty.pending_fulfilments.held IS 'It may have been handed over before a backup was put back: not given to claim until a person says so';
 
 CREATE OR REPLACE VIEW loyalty.settlements WITH (security_barrier) AS
-    SELECT c.operation_id, o.brand, o.reference, c.leg, m.kind, c.evidence_id, c.basis, c.ambiguous, c.final, c.claimed_at,
-           CASE WHEN c.block_number <= h.finalized_number THEN 'finalized' WHEN c.block_number <= h.safe_number THEN 'safe'
-                ELSE 'included' END AS confidence,
-           c.chain_id, c.block_number, '0x' || encode(c.block_hash, 'hex') AS block_hash,
-           to_timestamp(m.block_time_ms / 1000.0) AS block_time, '0x' || encode(m.tx_hash, 'hex') AS tx_hash, c.log_index,
-           '0x' || encode(m.issuer, 'hex') AS issuer, '0x' || encode(m.loyalty_id, 'hex') AS loyalty_id,
-           '0x' || encode(m.holder, 'hex') AS holder, m.bucket, m.amount,
-           'loyfin'::text AS provider, NULL::text AS record_id, NULL::text AS wallet_id, NULL::text AS token, NULL::text AS network
-    FROM indexer.claim c
-    JOIN indexer.operation o ON o.id = c.operation_id
-    JOIN indexer.chain h ON h.chain_id = c.chain_id
-    JOIN indexer.movement m ON m.chain_id = c.chain_id AND m.block_number = c.block_number AND m.log_index = c.log_index
-                           AND m.block_hash = c.block_hash AND m.canonical
-    WHERE o.brand = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v))
-    UNION ALL
-    SELECT c.operation_id, o.brand, o.reference, c.leg, t.kind, c.evidence_id, c.basis, c.ambiguous, c.final, c.claimed_at,
-           (SELECT e ->> 'confidence' FROM jsonb_array_elements(o.detail -> 'evidence') AS e WHERE (e ->> 'leg')::int = c.leg LIMIT 1),
-           c.chain_id, coalesce(c.block_number, CASE WHEN t.block_number < 9223372036854775808 THEN t.block_number::bigint END),
-           '0x' || encode(c.block_hash, 'hex'), to_timestamp(coalesce(t.time_ms / 1000.0, extract(epoch FROM t.first_seen_at))),
-           t.tx_hash, NULL, NULL, NULL, NULL, NULL, t.amount, t.partner, t.record_id, t.wallet, t.token, t.network
-    FROM indexer.claim c
-    JOIN indexer.operation o ON o.id = c.operation_id
-    JOIN indexer.partner_transfer t ON t.id = c.evidence_id
-    WHERE o.brand = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v));
+    SELECT s.* FROM (
+        SELECT c.operation_id, o.brand, o.reference, c.leg, m.kind, c.evidence_id, c.basis, c.ambiguous, c.final, c.claimed_at,
+               CASE WHEN c.block_number <= h.finalized_number THEN 'finalized' WHEN c.block_number <= h.safe_number THEN 'safe'
+                    ELSE 'included' END AS confidence,
+               c.chain_id, c.block_number, '0x' || encode(c.block_hash, 'hex') AS block_hash,
+               to_timestamp(m.block_time_ms / 1000.0) AS block_time, '0x' || encode(m.tx_hash, 'hex') AS tx_hash, c.log_index,
+               '0x' || encode(m.issuer, 'hex') AS issuer, '0x' || encode(m.loyalty_id, 'hex') AS loyalty_id,
+               '0x' || encode(m.holder, 'hex') AS holder, m.bucket, m.amount,
+               'loyfin'::text AS provider, NULL::text AS record_id, NULL::text AS wallet_id, NULL::text AS token, NULL::text AS network
+        FROM indexer.claim c
+        JOIN indexer.operation o ON o.id = c.operation_id
+        JOIN indexer.chain h ON h.chain_id = c.chain_id
+        JOIN indexer.movement m ON m.chain_id = c.chain_id AND m.block_number = c.block_number AND m.log_index = c.log_index
+                               AND m.block_hash = c.block_hash AND m.canonical
+        UNION ALL
+        SELECT c.operation_id, o.brand, o.reference, c.leg, t.kind, c.evidence_id, c.basis, c.ambiguous, c.final, c.claimed_at,
+               (SELECT e ->> 'confidence' FROM jsonb_array_elements(o.detail -> 'evidence') AS e WHERE (e ->> 'leg')::int = c.leg LIMIT 1),
+               c.chain_id, coalesce(c.block_number, CASE WHEN t.block_number < 9223372036854775808 THEN t.block_number::bigint END),
+               '0x' || encode(c.block_hash, 'hex'), to_timestamp(coalesce(t.time_ms / 1000.0, extract(epoch FROM t.first_seen_at))),
+               t.tx_hash, NULL, NULL, NULL, NULL, NULL::numeric(78, 0), t.amount, t.partner, t.record_id, t.wallet, t.token, t.network
+        FROM indexer.claim c
+        JOIN indexer.operation o ON o.id = c.operation_id
+        JOIN indexer.partner_transfer t ON t.id = c.evidence_id AND t.brand = o.brand
+    ) s
+    WHERE s.brand = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v));
 COMMENT ON VIEW loyalty.settlements IS 'Which evidence settles which leg: one to one.';
 COMMENT ON COLUMN loyalty.settlements.operation_id IS 'The operation';
 COMMENT ON COLUMN loyalty.settlements.brand IS 'Whose operation it is';
@@ -188,41 +192,42 @@ COMMENT ON COLUMN loyalty.exposures.receipt IS 'The receipt, as the brand gave i
 -- ------------------------------------------------------------------------------------------------ chain facts
 
 CREATE OR REPLACE VIEW loyalty.unmatched WITH (security_barrier) AS
-    SELECT i.brand, m.kind, m.chain_id, m.block_number, '0x' || encode(m.block_hash, 'hex') AS block_hash,
-           to_timestamp(m.block_time_ms / 1000.0) AS block_time, '0x' || encode(m.tx_hash, 'hex') AS tx_hash, m.log_index,
-           '0x' || encode(m.factory, 'hex') AS factory, '0x' || encode(m.issuer, 'hex') AS issuer,
-           '0x' || encode(m.loyalty_id, 'hex') AS loyalty_id, '0x' || encode(m.holder, 'hex') AS holder, m.bucket, m.amount,
-           '0x' || encode(m.nonce, 'hex') AS nonce, '0x' || encode(m.operation_hash, 'hex') AS operation_hash,
-           CASE WHEN m.block_number <= h.finalized_number THEN 'finalized' WHEN m.block_number <= h.safe_number THEN 'safe'
-                ELSE 'included' END AS confidence,
-           to_timestamp(m.block_time_ms / 1000.0) < b.unmatched_since AS before_unmatched_since,
-           'loyfin'::text AS provider, NULL::text AS record_id, NULL::text AS wallet_id, NULL::text AS token, false AS undated
-    FROM indexer.movement m
-    JOIN indexer.issuer i ON i.address = m.issuer
-    JOIN indexer.brand b ON b.name = i.brand
-    JOIN indexer.chain h ON h.chain_id = m.chain_id
-    WHERE m.canonical AND NOT EXISTS (
-        SELECT 1 FROM indexer.claim c -- claim_log_idx
-        WHERE c.chain_id = m.chain_id AND c.block_number = m.block_number AND c.log_index = m.log_index AND c.block_hash = m.block_hash)
-      AND b.name = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v))
-    UNION ALL
-    SELECT t.brand, t.kind, t.chain_id, CASE WHEN t.block_number < 9223372036854775808 THEN t.block_number::bigint END, NULL,
-           to_timestamp(coalesce(t.time_ms / 1000.0, extract(epoch FROM t.first_seen_at))), t.tx_hash, NULL, NULL, NULL, NULL, NULL, NULL,
-           t.amount, NULL, NULL, t.status, coalesce(to_timestamp(t.time_ms / 1000.0), t.first_seen_at) < b.unmatched_since,
-           t.partner, t.record_id, t.wallet, t.token, t.undated
-    FROM indexer.partner_transfer t
-    JOIN indexer.brand b ON b.name = t.brand
-    WHERE t.status IN ('included', 'succeeded') AND t.withdrawn_at IS NULL AND NOT EXISTS (
-        SELECT 1 FROM indexer.claim c WHERE c.evidence_id = t.id) -- claim_evidence_id_key
-      AND b.name = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v));
+    SELECT u.* FROM (
+        SELECT i.brand, m.kind, m.chain_id, m.block_number, '0x' || encode(m.block_hash, 'hex') AS block_hash,
+               to_timestamp(m.block_time_ms / 1000.0) AS block_time, '0x' || encode(m.tx_hash, 'hex') AS tx_hash, m.log_index,
+               '0x' || encode(m.factory, 'hex') AS factory, '0x' || encode(m.issuer, 'hex') AS issuer,
+               '0x' || encode(m.loyalty_id, 'hex') AS loyalty_id, '0x' || encode(m.holder, 'hex') AS holder, m.bucket, m.amount,
+               '0x' || encode(m.nonce, 'hex') AS nonce, '0x' || encode(m.operation_hash, 'hex') AS operation_hash,
+               CASE WHEN m.block_number <= h.finalized_number THEN 'finalized' WHEN m.block_number <= h.safe_number THEN 'safe'
+                    ELSE 'included' END AS confidence,
+               to_timestamp(m.block_time_ms / 1000.0) < b.unmatched_since AS before_unmatched_since,
+               'loyfin'::text AS provider, NULL::text AS record_id, NULL::text AS wallet_id, NULL::text AS token, false AS undated
+        FROM indexer.movement m
+        JOIN indexer.issuer i ON i.address = m.issuer
+        JOIN indexer.brand b ON b.name = i.brand
+        JOIN indexer.chain h ON h.chain_id = m.chain_id
+        WHERE m.canonical AND NOT EXISTS (
+            SELECT 1 FROM indexer.claim c -- claim_log_idx
+            WHERE c.chain_id = m.chain_id AND c.block_number = m.block_number AND c.log_index = m.log_index AND c.block_hash = m.block_hash)
+        UNION ALL
+        SELECT t.brand, t.kind, t.chain_id, CASE WHEN t.block_number < 9223372036854775808 THEN t.block_number::bigint END, NULL,
+               to_timestamp(coalesce(t.time_ms / 1000.0, extract(epoch FROM t.first_seen_at))), t.tx_hash, NULL, NULL, NULL, NULL, NULL,
+               NULL::numeric(78, 0), t.amount, NULL, NULL, t.status, coalesce(to_timestamp(t.time_ms / 1000.0), t.first_seen_at) < b.unmatched_since,
+               t.partner, t.record_id, t.wallet, t.token, t.undated
+        FROM indexer.partner_transfer t
+        JOIN indexer.brand b ON b.name = t.brand
+        WHERE t.status IN ('included', 'succeeded') AND t.withdrawn_at IS NULL AND NOT EXISTS (
+            SELECT 1 FROM indexer.claim c WHERE c.evidence_id = t.id) -- claim_evidence_id_key
+    ) u
+    WHERE u.brand = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v));
 COMMENT ON VIEW loyalty.unmatched IS 'Issues and redemptions of the brands'' issuers, and transfers in their partners'' records, that settle no operation, history included.';
-COMMENT ON COLUMN loyalty.unmatched.brand IS 'Brand of the issuer';
+COMMENT ON COLUMN loyalty.unmatched.brand IS 'Brand of the issuer, or of the account at the partner';
 COMMENT ON COLUMN loyalty.unmatched.kind IS 'loyfin.issuance, loyfin.redemption, keyban.mint, keyban.burn, qiibee.credit or qiibee.debit';
-COMMENT ON COLUMN loyalty.unmatched.chain_id IS 'Chain of the event';
-COMMENT ON COLUMN loyalty.unmatched.block_number IS 'Block of the event';
+COMMENT ON COLUMN loyalty.unmatched.chain_id IS 'Chain of the event; null on a ledger that is not followed here';
+COMMENT ON COLUMN loyalty.unmatched.block_number IS 'Block of the event, or its place on the partner''s ledger';
 COMMENT ON COLUMN loyalty.unmatched.block_hash IS 'Hash of that block, 0x text';
-COMMENT ON COLUMN loyalty.unmatched.block_time IS 'Time of that block';
-COMMENT ON COLUMN loyalty.unmatched.tx_hash IS 'Transaction, 0x text';
+COMMENT ON COLUMN loyalty.unmatched.block_time IS 'Time of that block, or of the partner''s record';
+COMMENT ON COLUMN loyalty.unmatched.tx_hash IS 'Transaction: 0x text, or as the partner spells it';
 COMMENT ON COLUMN loyalty.unmatched.log_index IS 'Position of the log in its block';
 COMMENT ON COLUMN loyalty.unmatched.factory IS 'Factory in the event, 0x text';
 COMMENT ON COLUMN loyalty.unmatched.issuer IS 'Issuer in the event, 0x text';
