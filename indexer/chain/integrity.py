@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar, Generic, TypeVar
 
-from indexer.chain.proof import bloom_admits, bloom_bits, bloom_of, bloom_of_logs, header_hash
+from indexer.chain.proof import (
+    KNOWN_TYPES,
+    bloom_admits,
+    bloom_bits,
+    bloom_of,
+    bloom_of_logs,
+    header_hash,
+    receipt_type,
+    receipts_root,
+)
 from indexer.chain.wire import Log, RawHeader, RawLog, RawReceipt, exact_bytes, quantity
 from indexer.model.types import BlockRef, Hash32, Header, Schedule, hex0x
 
@@ -424,13 +433,30 @@ def _receipts_bloom(answer: ReceiptsAnswer) -> str | None:
     return None
 
 
-# Cheap and telling first. The proof of the receipts root belongs at the end: it costs most, and proves the rest again.
+def _receipts_root(answer: ReceiptsAnswer) -> str | None:
+    # The proof: no receipt and no log of the block can be left out, added or altered (F53, F56). A type of transaction that we do
+    # not know may be hashed otherwise; then nothing is proven, and nothing is wrong either.
+    if any(r.cumulative_gas_used is None or (r.status or r.root) is None for r in answer.receipts):
+        raise Skip
+    ours = receipts_root(answer.receipts)
+    if ours == answer.header.receipts_root:
+        return None
+    if any(receipt_type(receipt) not in KNOWN_TYPES for receipt in answer.receipts):
+        raise Skip
+    return (
+        f"the {len(answer.receipts)} receipts of block {answer.header.number} make the root {hex0x(ours)}, "
+        f"the header says {hex0x(answer.header.receipts_root)}"
+    )
+
+
+# Cheap and telling first: the proof costs most.
 RECEIPT_CHECKS: tuple[Check[ReceiptsAnswer], ...] = (
     Check("receipts_bound", _receipts_bound),
     Check("receipts_order", _receipts_in_order),
     Check("receipts_log_order", _receipts_logs_in_order),
     Check("receipts_bloom", _receipts_bloom),
     Check("receipts_own_bloom", _receipts_own_blooms),
+    Check("receipts_root", _receipts_root),
 )
 
 
