@@ -18,7 +18,6 @@ from uuid import uuid4
 
 import asyncpg
 from aiohttp import web
-from indexer.store.webhooks import WebhookRow
 
 from indexer.model.signal import Signal
 from indexer.signals.attempts import Endpoint
@@ -28,6 +27,7 @@ from indexer.store import deliveries, signals, webhooks
 from indexer.store.database import Database
 from indexer.store.leases import Leases
 from indexer.store.wakeups import Wakeups
+from indexer.store.webhooks import WebhookRow
 from indexer.telemetry import Metrics
 from tests.bench.measure import Server, own_cpu, own_peak_mb, postgres
 
