@@ -275,6 +275,7 @@ def fulfil_operation(
     operation: str,
     generation: Annotated[int, typer.Option(help="The generation of the ready signal.")],
     receipt: Annotated[str, typer.Option(help="A JSON object, kept with the operation.")] = "{}",
+    claim: Annotated[UUID | None, typer.Option(help="Where it was claimed: the claim.")] = None,
     config: ConfigOption = None,
     is_embedded: EmbeddedOption = False,
     as_json: JsonOption = False,
@@ -286,7 +287,7 @@ def fulfil_operation(
         raise Failure(f"--receipt is not JSON: {error}", USAGE) from None
 
     async def fulfil(conn: Connection) -> functions.Fulfilled:
-        return await functions.fulfil(conn, await resolve_operation_id(conn, operation), generation, body)
+        return await functions.fulfil(conn, await resolve_operation_id(conn, operation), generation, body, claim)
 
     done = on_database(config, is_embedded, fulfil)
     terminal.answer(plain(done), as_json, lambda d: f"{d['outcome']} (generation {d['generation']})")

@@ -97,8 +97,8 @@ async def populate(database: Database) -> str:
             INSERT INTO indexer.issuer (address, brand) VALUES ('\\x1515151515151515151515151515151515151515', 'bloom'),
                                                                ('\\x1616161616161616161616161616161616161616', 'rose');
             INSERT INTO indexer.partner_account (brand, partner) VALUES ('bloom', 'keyban'), ('bloom', 'qiibee');
-            INSERT INTO indexer.chain (chain_id, name, head_number, head_hash, head_time_ms)
-            VALUES (8453, 'base', 9007199254740993, '\\x01', 1790000000200);
+            INSERT INTO indexer.chain (chain_id, name, head_number, head_hash, head_time_ms, head_at)
+            VALUES (8453, 'base', 9007199254740993, '\\x01', 1790000000200, clock_timestamp() + interval '1 day');
             INSERT INTO indexer.emitter (chain_id, address, kind, factory, start_block)
             VALUES (8453, '\\xfafafafafafafafafafafafafafafafafafafafa', 'factory', '\\xfafafafafafafafafafafafafafafafafafafafa', 1);
             INSERT INTO indexer.lease (task, holder, epoch, until)

@@ -89,7 +89,9 @@ class Problem(Exception):
     ) -> None:
         super().__init__(detail)
         self.kind, self.detail = kind, detail
-        self.extra = {key: value for key, value in (extra or {}).items() if key not in _OURS}
+        # `status` is HTTP's in a problem: an operation's goes under another name
+        named = {"operationStatus" if key == "status" else key: value for key, value in (extra or {}).items()}
+        self.extra = {key: value for key, value in named.items() if key not in _OURS}
         self.headers = dict(headers or {})
 
     @property

@@ -16,7 +16,7 @@ from aiohttp import web
 from msgspec import UNSET, Meta, UnsetType
 
 from indexer.api import shapes
-from indexer.api.auth import one_brand
+from indexer.api.auth import authenticated, one_brand
 from indexer.api.contract import Answer, Call, Endpoint, given
 from indexer.api.problems import BAD_REQUEST, GONE, NOT_FOUND, OTHER_HISTORY, Problem
 from indexer.api.state import DATABASE
@@ -86,6 +86,7 @@ async def listing(call: Call[SignalsQuery, None]) -> web.Response:
         if entries or tails.draining or now() >= until:
             return _page(brand, position, entries, query.limit)
         await tails.news(brand, until - now())
+        await authenticated(call.request, "signals:read")  # it may have been revoked meanwhile
 
 
 async def _read(call: Call[SignalsQuery, None], brand: str, position: Position | None) -> tuple[Position, list[Entry]]:

@@ -290,7 +290,7 @@ class Client:
         if 200 <= status < 300:
             try:
                 return _DECODER.decode(reply.body)
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ArithmeticError):
                 said = self._said(reply) or "an empty body"
                 raise Unavailable(
                     self.who, endpoint, "not_json", f"no JSON but {_kind(reply)}: {said}", status
@@ -360,7 +360,7 @@ def problem_of(body: bytes) -> str | None:
     """The words of an error document, in any of the forms seen: RFC 9457, {message}, {error}, {errors}. None: it is none."""
     try:
         found = msgspec.json.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ArithmeticError):
         return None
     if isinstance(found, str):
         return found

@@ -162,6 +162,10 @@ def transfers_of(row: Any, wallet: str, ledger: Ledger, *, undated: bool, drift:
 
     `undated`: a transfer without a time of its own settles only by a person's decision.
     """
+    said = text(table(row).get("network"), Drift())
+    if said and ledger.chain_id is None and said.lower() != ledger.network.lower():
+        # one host and one address serve test and main networks: another ledger's order settles nothing here
+        raise Unusable(f"order {order_id(row)[:60]} is of network {said[:40]}, not {ledger.network}")
     nodes = [_node(each, drift) for each in _nodes(row)]
     moving = [node for node in nodes if node.directed or node.value is not None or node.tx_hash is not None]
     if not moving:

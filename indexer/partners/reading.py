@@ -124,7 +124,7 @@ def table(value: Any) -> Mapping[str, Any]:
 
 _PERSONAL = re.compile(
     r"^(user|customer|person|profile|member)(_?to)?$|e-?mail|phone|birth|street|postal|zip_?code|ip_?address"
-    r"|(first|last|second|full|given|family)_?name",
+    r"|(first|last|second|full|given|family|customer|user|display|nick|owner|contact)_?name|mobile|^contact$",
     re.IGNORECASE,
 )
 
@@ -154,8 +154,15 @@ def storable(value: Any, depth: int = 0) -> Any:
 
 
 def completed(new: Any, known: Any, drift: Drift) -> Any:
-    """`new` with what it leaves out taken from what was known: a field that is not there says nothing, a null does."""
+    """`new` with what it leaves out taken from what was known: a field that is not there says nothing, a null does.
+
+    What carries another id is another thing, and takes nothing over: a transaction's block is not its successor's.
+    """
     if isinstance(new, dict) and isinstance(known, dict):
+        if any(
+            key in new and key in known and str(new[key]) != str(known[key]) for key in ("id", "hash", "transactionId")
+        ):
+            return new
         missing = known.keys() - new.keys()
         drift["missing"] += len(missing)
         merged = {key: completed(child, known.get(key), drift) for key, child in new.items()}

@@ -51,7 +51,7 @@ class Walker:
             before = walk.moved
             ended = await self._once(fetch, walk, enough)
             if walk.moved == before:
-                walk.complete = ended
+                walk.complete = ended and not walk.unusable  # what could not be read has not gone
                 break
         return walk
 
@@ -60,6 +60,7 @@ class Walker:
         seen: dict[str, int] = {}
         first: list[str] = []
         total: int | None = None
+        walk.unusable.clear()  # of a walk before
         for number in range(1, MOST_PAGES + 1):
             page = await self._fetch(fetch, number)
             walk.pages += 1

@@ -39,6 +39,7 @@ DEFECTS = (
     ArithmeticError,
     AssertionError,
     LookupError,
+    RecursionError,
     TypeError,
     ValueError,
 )

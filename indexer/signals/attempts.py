@@ -111,7 +111,7 @@ def retry_after(value: str | None, now: datetime) -> float:
         return min(float(text[:12]), LONGEST_RETRY_AFTER)
     try:
         moment = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)

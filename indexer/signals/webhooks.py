@@ -224,10 +224,15 @@ class Dispatcher:
             line.busy -= 1
         line.saw(reply)
         now = datetime.fromtimestamp(self._clock(), UTC)
-        outcome = judge(attempt, reply, schedule=self._schedule, rng=self._rng, now=now)
-        if reply.status == 429:
-            hold = min(retry_after(reply.retry_after, now), LONGEST_HOLD)
-            line.held_until = asyncio.get_running_loop().time() + hold
+        try:
+            outcome = judge(attempt, reply, schedule=self._schedule, rng=self._rng, now=now)
+            if reply.status == 429:
+                hold = min(retry_after(reply.retry_after, now), LONGEST_HOLD)
+                line.held_until = asyncio.get_running_loop().time() + hold
+        except Exception:  # an attempt that is not recorded would be made again and again
+            log.exception("answer_broke", brand=brand, webhook=webhook, signal=str(attempt.signal_id))
+            reply = Reply(None, "an answer that cannot be judged")
+            outcome = judge(attempt, reply, schedule=self._schedule, rng=self._rng, now=now)
         self._metrics.delivery_seconds.labels(brand, webhook).observe(reply.seconds)
         word = "gone" if outcome.gone else "failed" if outcome.state == "pending" else outcome.state
         self._metrics.deliveries.labels(brand, webhook, word).inc()

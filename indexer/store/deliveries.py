@@ -155,9 +155,12 @@ async def begin(conn: asyncpg.Connection, rooms: Sequence[Room]) -> Turn:
            CROSS JOIN LATERAL (
              SELECT EXISTS (
                -- a `ready` that was made before a restart waits until somebody has looked whether its blocks still stand
-               SELECT FROM indexer.leg l JOIN indexer.chain c ON c.chain_id = l.chain_id
-                WHERE l.operation_id = h.aggregateid
-                  AND (c.latch IS NOT NULL
+               SELECT FROM (
+                 SELECT l.chain_id FROM indexer.leg l WHERE l.operation_id = h.aggregateid
+                 UNION
+                 SELECT k.chain_id FROM indexer.claim k WHERE k.operation_id = h.aggregateid -- a partner's record on a chain
+               ) e JOIN indexer.chain c ON c.chain_id = e.chain_id
+                WHERE (c.latch IS NOT NULL
                        OR h.type IN ('operation.ready', 'operation.restored') AND NOT indexer.is_live(c))) AS in_doubt) chain
         ), closed AS (
           UPDATE indexer.delivery d SET state = j.verdict, ended_at = now()

@@ -295,3 +295,50 @@ async def test_a_search_follows_what_is_ready_and_never_history(world: World) ->
             assert len(rows) == expected
             assert [int(row["reference"]) for row in rows] == sorted(int(row["reference"]) for row in rows)
             assert await world.conn.fetchval(counters) < 200
+
+
+@pytest.mark.parametrize(
+    "doubt",
+    ["UPDATE indexer.chain SET latch = '{}'", "UPDATE indexer.chain SET head_at = now() - interval '1 minute'"],
+    ids=["latched", "not followed"],
+)
+async def test_nothing_is_handed_out_of_a_chain_in_doubt(world: World, doubt: str) -> None:
+    (operation,) = await ready(world, 100)
+    await world.conn.execute(doubt)
+    assert await claim(world) == {}
+    assert await world.conn.fetchval("SELECT count(*) FROM loyalty.pending_fulfilments") == 0
+    await world.conn.execute("UPDATE indexer.chain SET latch = NULL, head_at = clock_timestamp()")
+    assert list(await claim(world)) == [operation]
+
+
+async def test_a_snapshot_of_before_a_hand_over_hands_nothing_out(world: World, owner_dsn: str) -> None:
+    (operation,) = await ready(world, 100)
+    late = await asyncpg.connect(owner_dsn)
+    try:
+        await late.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        await late.fetchval("SELECT count(*) FROM indexer.operation")  # takes the snapshot
+        mine = await claim(world)
+        assert await fulfil(world, operation, 1, mine[operation]) == ("fulfilled", False)
+        with pytest.raises(asyncpg.SerializationError):
+            await late.fetch("SELECT * FROM loyalty.claim_fulfilments('late', 5, interval '1 minute')")
+    finally:
+        await late.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"metadata": {"a": {}}, "_deep": 40}, "metadata"),
+        ({"metadata": {"a": 10**300}}, "metadata"),
+        ({"requestedAt": "0001-01-01T00:00:00+14:00"}, "requestedAt"),
+        ({"requestedAt": "9999-12-31T23:59:59-14:00"}, "requestedAt"),
+    ],
+    ids=["deep", "digits", "before years", "after years"],
+)
+async def test_what_no_reader_could_read_again_is_refused(world: World, change: dict[str, Any], field: str) -> None:
+    deep = change.pop("_deep", 0)
+    given = {"brand": BRAND, "reference": "r", "legs": [world.leg(nonce=hexa(world.nonce()))], **change}
+    for _ in range(deep):
+        given["metadata"] = {"a": given["metadata"]}
+    code, detail = await refused(world, "SELECT loyalty.register_operation($1)", given)
+    assert (code, detail["field"]) == ("LY422", field)

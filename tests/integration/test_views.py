@@ -155,8 +155,8 @@ async def world(database: Database) -> Any:
         await conn.execute(
             """
             INSERT INTO indexer.brand (name, unmatched_since) VALUES ('bloom', '2020-01-01Z'), ('rose', '2020-01-01Z');
-            INSERT INTO indexer.chain (chain_id, name, head_number, head_time_ms, safe_number, finalized_number, mode)
-            VALUES (8453, 'base', 10000, 1790000000000, 5000, 2000, 'polling')
+            INSERT INTO indexer.chain (chain_id, name, head_number, head_time_ms, head_at, safe_number, finalized_number, mode)
+            VALUES (8453, 'base', 10000, 1790000000000, clock_timestamp() + interval '1 day', 5000, 2000, 'polling')
             """
         )
         await conn.execute("INSERT INTO indexer.issuer (address, brand) VALUES ($1, 'bloom')", ISSUER)

@@ -400,3 +400,9 @@ def test_nothing_that_is_json_breaks_a_reader(document: Any) -> None:
 def test_scaling_is_exact(value: int, decimals: int) -> None:
     shown = Decimal(value).scaleb(-decimals, Context(prec=200))
     assert base_units(shown, decimals) == value
+
+
+def test_another_transaction_takes_nothing_over() -> None:
+    known = {"id": "o", "nodes": [{"transaction": {"id": "t1", "blockNumber": "5", "success": True}}]}
+    merged = completed({"id": "o", "nodes": [{"transaction": {"id": "t2"}}]}, known, Drift())
+    assert merged["nodes"][0]["transaction"] == {"id": "t2"}

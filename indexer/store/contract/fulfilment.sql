@@ -17,7 +17,7 @@ END $$;
 -- ------------------------------------------------------------------------------------------------ claims
 
 -- Gives the consumer up to `max_count` operations that are ready, have no receipt of any generation, are under no live claim
--- and are not held since a backup was put back (restoration.sql), oldest ready first. operation_ready_idx and
+-- are not held since a backup was put back (restoration.sql) and rest on no chain in doubt, oldest ready first. operation_ready_idx and
 -- operation_any_ready_idx give the order, receipt_pk, fulfilment_claim_open_idx and brand_pk the rest.
 CREATE OR REPLACE FUNCTION indexer.claim_fulfilments(for_brand text, consumer text, max_count int, lease interval)
 RETURNS TABLE (claim uuid, operation_id uuid, brand text, reference text, generation int, claimed_until timestamptz,
@@ -44,6 +44,7 @@ BEGIN
                                   AND c.claimed_until > clock_timestamp() AND c.generation = o.generation)
                   AND NOT (EXISTS (SELECT FROM indexer.brand b WHERE b.name = o.brand AND b.held_before IS NOT NULL)
                            AND EXISTS (SELECT FROM indexer.held h WHERE h.operation_id = o.id))
+                  AND NOT EXISTS (SELECT FROM indexer.in_doubt d WHERE d.operation_id = o.id)
                 ORDER BY o.state_at, o.id LIMIT max_count FOR NO KEY UPDATE OF o SKIP LOCKED);
         ELSE
             free := ARRAY(
@@ -54,6 +55,7 @@ BEGIN
                                   AND c.claimed_until > clock_timestamp() AND c.generation = o.generation)
                   AND NOT (EXISTS (SELECT FROM indexer.brand b WHERE b.name = o.brand AND b.held_before IS NOT NULL)
                            AND EXISTS (SELECT FROM indexer.held h WHERE h.operation_id = o.id))
+                  AND NOT EXISTS (SELECT FROM indexer.in_doubt d WHERE d.operation_id = o.id)
                 ORDER BY o.state_at, o.id LIMIT max_count FOR NO KEY UPDATE OF o SKIP LOCKED);
         END IF;
         EXIT WHEN free = '{}';
@@ -166,9 +168,7 @@ DECLARE
     c indexer.fulfilment_claim;
     verdict text;
 BEGIN
-    IF octet_length(coalesce(receipt, '{}')::text) > 8192 OR jsonb_typeof(coalesce(receipt, '{}')) <> 'object' THEN
-        PERFORM indexer.refuse('LY422', 'receipt: expected an object of at most 8 kB', '{"field": "receipt"}');
-    END IF;
+    PERFORM indexer.check_document(coalesce(receipt, '{}'), 'receipt');
     IF coalesce(length(actor), 0) NOT BETWEEN 1 AND 200 THEN
         PERFORM indexer.refuse('LY422', 'actor: expected 1 to 200 characters', '{"field": "actor"}');
     END IF;
@@ -201,6 +201,8 @@ BEGIN
                     ELSE 'fulfilled' END;
     INSERT INTO indexer.receipt (operation_id, generation, outcome, receipt, claim, actor)
     VALUES (o.id, generation, verdict, coalesce(receipt, '{}'), claim, actor);
+    -- the row changes, so that a claim from a snapshot of before fails (40001) and does not hand out what is handed out
+    UPDATE indexer.operation p SET state = p.state WHERE p.id = o.id;
     -- with a receipt there is nothing left to claim, whoever held it
     UPDATE indexer.fulfilment_claim f SET ended_at = clock_timestamp(), outcome = CASE WHEN f.id = claim THEN verdict ELSE 'superseded' END
     WHERE f.operation_id = o.id AND f.ended_at IS NULL;

@@ -101,6 +101,21 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     FROM (SELECT 1) AS one LEFT JOIN indexer.lease l ON l.task = 'follow:' || c.chain_id
 $$;
 
+-- Operations that rest on a chain of which nobody knows whether its blocks still stand: latched, or not live (as is_live says,
+-- written out since a view's functions run with its reader's rights). None of them is handed out.
+CREATE OR REPLACE VIEW indexer.in_doubt AS
+    SELECT e.operation_id
+    FROM (
+        SELECT l.operation_id, l.chain_id FROM indexer.leg l
+        UNION ALL
+        SELECT k.operation_id, k.chain_id FROM indexer.claim k -- a partner's record on a chain that is followed
+    ) e
+    JOIN indexer.chain c ON c.chain_id = e.chain_id
+    LEFT JOIN indexer.lease t ON t.task = 'follow:' || c.chain_id
+    WHERE c.latch IS NOT NULL
+       OR NOT (coalesce(c.head_at > clock_timestamp() - interval '30 seconds', false)
+               AND t.epoch IS NOT DISTINCT FROM c.linked_epoch AND (t.task IS NULL OR t.until > clock_timestamp()));
+
 -- ------------------------------------------------------------------------------------------------ reading a request
 
 CREATE OR REPLACE FUNCTION indexer.refuse(code text, message text, detail jsonb DEFAULT '{}') RETURNS void
@@ -165,9 +180,27 @@ BEGIN
         PERFORM indexer.refuse('LY422', format('%s.%s: expected an RFC 3339 time with its offset, such as 2026-11-21T10:00:00Z', place, key),
                                jsonb_build_object('field', place || '.' || key));
     END IF;
+    IF value::timestamptz NOT BETWEEN '1970-01-01Z' AND '9999-12-31Z' THEN
+        PERFORM indexer.refuse('LY422', format('%s.%s: expected a time from 1970 to 9999', place, key), jsonb_build_object('field', place || '.' || key));
+    END IF;
     RETURN value::timestamptz;
 EXCEPTION WHEN data_exception THEN
     PERFORM indexer.refuse('LY422', format('%s.%s: no such time', place, key), jsonb_build_object('field', place || '.' || key));
+END $$;
+
+-- An object of a brand's own that every reader can read again: not too long, too deep, or with numbers beyond a float.
+CREATE OR REPLACE FUNCTION indexer.check_document(document jsonb, field text) RETURNS void
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF jsonb_typeof(document) <> 'object' OR octet_length(document::text) > 8192 THEN
+        PERFORM indexer.refuse('LY422', field || ': expected an object of at most 8 kB', jsonb_build_object('field', field));
+    END IF;
+    IF jsonb_path_exists(document, '$.**{33 to last}') THEN
+        PERFORM indexer.refuse('LY422', field || ': nested more than 32 deep', jsonb_build_object('field', field));
+    END IF;
+    IF jsonb_path_exists(document, 'strict $.** ? (@.type() == "number" && (@ > 1e100 || @ < -1e100))') THEN
+        PERFORM indexer.refuse('LY422', field || ': a number of more than 100 digits', jsonb_build_object('field', field));
+    END IF;
 END $$;
 
 -- One partner leg, normalised. Nothing names its record beforehand: wallet, amount, token and time are all that can match it.
@@ -306,9 +339,7 @@ BEGIN
     IF jsonb_typeof(request -> 'reference') IS DISTINCT FROM 'string' OR length(reference) NOT BETWEEN 1 AND 200 OR reference ~ '[\u0001-\u001f\u007f-\u009f]' THEN
         PERFORM indexer.refuse('LY422', 'reference: expected 1 to 200 characters without control characters', '{"field": "reference"}');
     END IF;
-    IF jsonb_typeof(metadata) <> 'object' OR octet_length(metadata::text) > 8192 THEN
-        PERFORM indexer.refuse('LY422', 'metadata: expected an object of at most 8 kB', '{"field": "metadata"}');
-    END IF;
+    PERFORM indexer.check_document(metadata, 'metadata');
     IF request ? 'requestedAt' AND request -> 'requestedAt' <> 'null' THEN
         IF jsonb_typeof(request -> 'requestedAt') <> 'string'
            OR request ->> 'requestedAt' !~ '^\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)$' THEN
@@ -316,6 +347,9 @@ BEGIN
         END IF;
         BEGIN
             requested := (request ->> 'requestedAt')::timestamptz;
+            IF requested NOT BETWEEN '1970-01-01Z' AND '9999-12-31Z' THEN
+                PERFORM indexer.refuse('LY422', 'requestedAt: expected a time from 1970 to 9999', '{"field": "requestedAt"}');
+            END IF;
         EXCEPTION WHEN data_exception THEN
             PERFORM indexer.refuse('LY422', 'requestedAt: no such time', '{"field": "requestedAt"}');
         END;

@@ -98,8 +98,9 @@ CREATE OR REPLACE VIEW loyalty.pending_fulfilments WITH (security_barrier) AS
                                         AND c.claimed_until > clock_timestamp() AND c.generation = o.generation
     WHERE o.state = 'ready' AND NOT EXISTS (SELECT 1 FROM indexer.receipt r WHERE r.operation_id = o.id)
       AND NOT EXISTS (SELECT 1 FROM indexer.held h WHERE h.operation_id = o.id)
+      AND NOT EXISTS (SELECT 1 FROM indexer.in_doubt d WHERE d.operation_id = o.id)
       AND o.brand = ANY (ARRAY(SELECT v.brand FROM indexer.visible_brand v));
-COMMENT ON VIEW loyalty.pending_fulfilments IS 'Ready, and not yet handed over: what a brand has to do now. An operation with any receipt is never here, nor one that is held since a backup was put back.';
+COMMENT ON VIEW loyalty.pending_fulfilments IS 'Ready, and not yet handed over: what a brand has to do now. An operation with any receipt is never here, nor one that is held since a backup was put back, nor one whose chain is latched or not followed just now.';
 COMMENT ON COLUMN loyalty.pending_fulfilments.operation_id IS 'The operation: the first argument of loyalty.fulfil';
 COMMENT ON COLUMN loyalty.pending_fulfilments.brand IS 'Who has to hand over';
 COMMENT ON COLUMN loyalty.pending_fulfilments.reference IS 'The brand''s own name for it';
@@ -110,7 +111,7 @@ COMMENT ON COLUMN loyalty.pending_fulfilments.metadata IS 'The brand''s own word
 COMMENT ON COLUMN loyalty.pending_fulfilments.legs IS 'The movements of value that settled';
 COMMENT ON COLUMN loyalty.pending_fulfilments.consumer IS 'Who has claimed it and is at it now; null: nobody';
 COMMENT ON COLUMN loyalty.pending_fulfilments.claimed_until IS 'Until when that claim lasts';
-COMMENT ON COLUMN loyalty.pending_fulfilments.held IS 'It may have been handed over before a backup was put back: not given to claim until a person says so';
+COMMENT ON COLUMN loyalty.pending_fulfilments.held IS 'Always false: what is held since a backup was put back is not shown';
 
 CREATE OR REPLACE VIEW loyalty.settlements WITH (security_barrier) AS
     SELECT s.* FROM (
