@@ -172,7 +172,11 @@ class Units:
                 ]
                 opened.set_result(None)
                 try:
-                    await asyncio.gather(*loops)
+                    # not gather, which would cancel them too: a second cancellation cuts off the giving back of a lease
+                    if loops:
+                        ended, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
+                        for loop in ended:
+                            loop.result()
                 finally:
                     for loop in loops:
                         loop.cancel()
