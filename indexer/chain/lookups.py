@@ -44,6 +44,8 @@ async def answer_lookups(
             _, finalized = await store.chain_heights(conn, chain_id)
             open_ones = await store.questions(conn, chain_id, finalized, PAUSE, AT_ONCE)
         answers: list[AnswerRow] = []
+        failed: list[bytes] = []
+        known = {question.tx_hash: question for question in open_ones}
         for question in open_ones:
             try:
                 found = await _look(rpc, question, finalized, count)
@@ -52,13 +54,21 @@ async def answer_lookups(
                 if len(seen) < 100 and (told := f"{type(error).__name__} {error}") not in seen:
                     seen.add(told)
                     log.warning("a transaction could not be looked up", chain=chain, reason=str(error))
+                failed.append(question.tx_hash)
                 continue
             metrics.lookups.labels(chain, _outcome(found)).inc()
             answers.append(found)
         changed = 0
-        if answers:
+        if answers or failed:
             async with lease.transaction() as conn:
                 for position, found in enumerate(answers):
+                    was = known[found.tx_hash]
+                    if found.block_number is None and was.block_number is not None:
+                        if await store.canonical_hash(conn, chain_id, was.block_number) == was.block_hash:
+                            # the block that it was found in stands: who does not know the transaction is behind
+                            metrics.lookups.labels(chain, "contradicted").inc()
+                            failed.append(found.tx_hash)
+                        continue
                     ours = None
                     if found.block_number is not None:
                         ours = await store.canonical_hash(conn, chain_id, found.block_number)
@@ -66,10 +76,11 @@ async def answer_lookups(
                         # the follower holds another block there: one of the two is behind, so nothing is known now
                         metrics.lookups.labels(chain, "contradicted").inc()
                         answers[position] = AnswerRow(found.tx_hash)
-                changed = await store.answer(conn, chain_id, answers)
+                changed = await store.answer(conn, chain_id, [a for a in answers if a.tx_hash not in failed])
+                await store.attempted(conn, chain_id, failed)
         if changed:
             wakeups.poke("facts")
-        if len(answers) < AT_ONCE:
+        if len(open_ones) < AT_ONCE:
             await wakeups.wait(("facts", "heads"), IDLE)
 
 

@@ -11,6 +11,8 @@ from ipaddress import ip_address, ip_network
 from typing import Any
 from urllib.parse import urlsplit
 
+from pydantic import SecretStr
+
 from indexer.config.tree import Brand, Chain, Config, Keyban, Policy, Problem
 
 _PARTNER_BASES = {"wallet_amount", "decision"}  # a partner's record carries no nonce and no hash of ours
@@ -30,6 +32,9 @@ def disagreements(tree: dict[str, Any]) -> list[Problem]:
             "an issuer belongs to one brand, and stands once there",
         ),
     ]
+    for partner in ("keyban", "qiibee"):
+        keys = [(f"{at}.{partner}.api_key", _plain(_table(brand, partner).get("api_key"))) for at, brand in brands]
+        problems += _repeated(keys, "another brand uses this account: one record would settle a leg of each")
     for at, chain in chains:
         endpoints = [(f"{at}.{where}.url", endpoint.get("url")) for where, endpoint in _tables(chain, "rpc")]
         problems += _repeated(endpoints, "the same endpoint twice: it would witness for itself")
@@ -253,6 +258,16 @@ def _tables(node: dict[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any
     for index, item in _items(node, key):
         if isinstance(item, dict):
             yield f"{key}[{index}]", item
+
+
+def _table(node: dict[str, Any], key: str) -> dict[str, Any]:
+    value = node.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _plain(value: object) -> object:
+    """A secret's text: it is compared, and never told."""
+    return value.get_secret_value() if isinstance(value, SecretStr) else value
 
 
 def _items(node: dict[str, Any], key: str) -> Iterator[tuple[int, Any]]:

@@ -27,9 +27,10 @@ def evidence_id(chain_id: int, factory: bytes, kind: str, issuer: bytes, nonce: 
     return uuid5(NAMESPACE_EVIDENCE, f"{chain_id}:{hex0x(factory)}:{kind}:{hex0x(issuer)}:{hex0x(nonce)}")
 
 
-def transfer_id(partner: str, brand: str, kind: str, record_id: str) -> UUID:
-    """The id of a partner's record as evidence: of partner, account (a brand has one at each), kind and the record's own id."""
-    return uuid5(NAMESPACE_EVIDENCE, f"{partner}:{brand}:{kind}:{record_id}")
+def transfer_id(partner: str, brand: str, kind: str, record_id: str, wallet: str) -> UUID:
+    """The id of one side of a partner's record as evidence: of partner, account (a brand has one at each), kind, the record's own
+    id, and the wallet: an order may move to several."""
+    return uuid5(NAMESPACE_EVIDENCE, f"{partner}:{brand}:{kind}:{record_id}:{wallet}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +175,7 @@ class PartnerTransfer:
 
     @cached_property
     def id(self) -> UUID:
-        return transfer_id(self.partner, self.brand, self.kind, self.record_id)
+        return transfer_id(self.partner, self.brand, self.kind, self.record_id, self.wallet)
 
     @property
     def lane(self) -> tuple[str, str]:
@@ -190,6 +191,28 @@ class PartnerTransfer:
         """Among equals by time, then id: the same whichever page it was read from."""
         return (self.time_ms, str(self.id))
 
+    @property
+    def movement(self) -> tuple[object, ...] | None:
+        """What it stands for on a chain that we follow: orders that share it share the transfers that are there."""
+        return None if self.chain_id is None else (*self.lane, self.wallet, self.amount, self.tx_hashes)
+
+    @cached_property
+    def carried(self) -> int:
+        """How many transfers of this amount its transactions hold; one where several make it up together."""
+        return max(1, self._values.count(self.amount)) if self.amount is not None else 0
+
+    @cached_property
+    def _values(self) -> list[int]:
+        """The values that its transactions moved to or from the wallet, of the token whose transfers count."""
+        receives = self.kind in INCOMING
+        return [
+            moved.value
+            for look in self.looks
+            if look.chain_id == self.chain_id and look.tx_hash in self.tx_hashes and look.block_number is not None
+            for moved in look.moved
+            if moved.token == self.contract and (moved.recipient if receives else moved.sender) == self.wallet
+        ]
+
     @cached_property
     def check(self) -> Check:
         """Our own look at its transactions, all of them."""
@@ -204,13 +227,7 @@ class PartnerTransfer:
             return Check.WAITING
         if self.contract is None:
             return Check.WAITING
-        receives = self.kind in INCOMING
-        values = [
-            moved.value
-            for look in seen
-            for moved in look.moved
-            if moved.token == self.contract and (moved.recipient if receives else moved.sender) == self.wallet
-        ]
+        values = self._values
         # a transaction may carry the transfers of several orders: one of them may be this one's
         one = len(seen) == 1 and self.amount in values
         return Check.HOLDS if self.amount is not None and (one or sum(values) == self.amount) else Check.REFUTED

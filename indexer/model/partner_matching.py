@@ -8,7 +8,7 @@ once; a claim is final once a `ready` has left on it. `undated` records settle b
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from uuid import UUID
 
@@ -139,7 +139,7 @@ class _Table:
         first = legs[0]
         around = [t for t in self.in_group[first.group] if t.id not in self.taken]
         dated = [t for t in around if not t.undated]
-        counting = [t for t in dated if t.counts]
+        counting = self.carried([t for t in dated if t.counts])
         hold = self.rules.get((first.brand, first.partner), WalletRules()).hold
         fitting, pairs = self.pairs(legs, counting)
         rivals = rivalry(fitting, len(counting))
@@ -162,6 +162,21 @@ class _Table:
         _, under_way = self.pairs(live, pending)
         self.result.submitted |= {live[at].key: pending[record] for at, record in under_way.items()}
         self.failures([leg for leg in live if leg.key not in self.result.submitted], dated)
+
+    def carried(self, records: Sequence[PartnerTransfer]) -> list[PartnerTransfer]:
+        """Of these, no more than the chain holds transfers for: two orders that name one transfer are one movement of value."""
+        left: Counter[object] = Counter()
+        for held in self.taken:
+            if (taken := self.transfers.get(held)) is not None and taken.movement is not None:
+                left[taken.movement] -= 1
+        found = []
+        for record in records:
+            if record.movement is not None:
+                if left[record.movement] + record.carried <= 0:
+                    continue
+                left[record.movement] -= 1
+            found.append(record)
+        return found
 
     def offer(self, leg: PartnerLeg, fitting: list[PartnerTransfer], undated: list[PartnerTransfer]) -> None:
         """What a person may accept for a leg: the other sides of a tie that is held, and records without a time."""

@@ -170,30 +170,44 @@ class Desk:
         known: Current | None,
         wallet: str,
         scope: str | None,
-        read: Callable[[Any, Drift], tuple[int | None, tuple[TransferRow, ...]]],
+        since_ms: int | None,
+        read: Callable[[Any, Drift, bool], tuple[int | None, tuple[TransferRow, ...]]],
     ) -> RecordRow:
         """One row of a listing beside what is stored of it; without evidence, and counted, where nothing can be made of it.
 
-        `read` gives the record's own time and the evidence in it. Drift counts where a record is new or says something new,
+        `read` gives the record's own time and the evidence in it; told whether evidence without a time of its own is undated. That
+        it is where the record was there at the first look; else it came after `since_ms`, the look before the record was first seen,
+        however long it was queued then. Drift counts where a record is new or says something new,
         not at every look.
         """
         drift: Drift = Drift()
         received = storable(raw)
         document = received if known is None else completed(received, known.raw, drift)
         news = known is None or not alike(document, known.raw)
+        after_ms = since_ms if known is None else known.after_ms
+        readable = True
         time_ms: int | None = None
         transfers: tuple[TransferRow, ...] = ()
         try:
-            time_ms, transfers = read(document, Drift())
+            time_ms, transfers = read(document, Drift(), after_ms is None)
         except ValueError as why:
+            readable = False
             self.quarantine(str(why))
         if known is None or received != known.raw:  # else it was counted when it came
             with suppress(ValueError):
-                read(raw, drift)
+                read(raw, drift, after_ms is None)
         self.count_drift(drift)
         if news and time_ms is not None and time_ms > self.wall * 1000 + CLOCK_SKEW_MS:
             self.count("clock_skew")
         version = None if not news else known.version + 1 if known is not None else 1
         return RecordRow(
-            record_id, version, document, known.wallet if known is not None else wallet, time_ms, transfers, scope
+            record_id,
+            version,
+            document,
+            known.wallet if known is not None else wallet,
+            time_ms,
+            transfers,
+            scope,
+            after_ms,
+            readable,
         )

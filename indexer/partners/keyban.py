@@ -13,7 +13,7 @@ from math import ceil
 from typing import Final
 
 from indexer.partners.account import Desk
-from indexer.partners.client import Denied, Limited, PartnerError, Refused
+from indexer.partners.client import Denied, Limited, PartnerError, Refused, Unavailable
 from indexer.partners.orders import (
     Ledger,
     Page,
@@ -121,11 +121,12 @@ class KeybanPoller:
             return False
         try:
             await self.look(self._open.get(wallet) or _new(wallet))
-        except (Limited, Denied) as error:
+        except Limited as error:
             self.schedule.put_back(wallet)
             await self._trouble(error)
         except (PartnerError, Unusable) as error:
-            self._down = True
+            # an outage is everybody's, and over for all at once; a refusal may be of this wallet alone, and stops no other
+            self._down = self._down or isinstance(error, Unavailable)
             self.schedule.failed(wallet, desk.clock.now())
             await self._trouble(error)
         else:
@@ -155,7 +156,8 @@ class KeybanPoller:
         try:
             await self.look(wallet)
         except (PartnerError, Unusable) as error:
-            self._idle.clear()
+            if isinstance(error, Limited | Denied | Unavailable):
+                self._idle.clear()
             await self._trouble(error)
         return True
 
@@ -213,7 +215,7 @@ class KeybanPoller:
 
     async def _store(self, wallet: OpenWallet, walk: Walk, began: float) -> None:
         desk, ledger, name = self._desk, self._ledger, wallet.wallet
-        undated = wallet.first_look is None
+        since_ms = None if wallet.first_look is None or wallet.last_look is None else int(wallet.last_look * 1000)
         async with desk.writing() as (conn, stored):
             known = await store.current_records(conn, desk.account, walk.rows.keys())
             rows = [
@@ -223,23 +225,23 @@ class KeybanPoller:
                     known.get(record),
                     name,
                     name,
-                    lambda row, drift: (
+                    since_ms,
+                    lambda row, drift, undated: (
                         order_time(row, drift),
                         transfers_of(row, name, ledger, undated=undated, drift=drift),
                     ),
                 )
                 for record, raw in walk.rows.items()
             ]
-            since_ms = None if wallet.last_look is None else int(wallet.last_look * 1000)
-            stored += await store.store_records(conn, desk.account, rows, since_ms)
+            stored += await store.store_records(conn, desk.account, rows)
             stored += await store.still_there(conn, desk.account, list(walk.rows), self._keep)
             swept = walk.complete and await self._sweep(conn, wallet, walk, began, stored)
             if walk.complete:
                 news = bool(stored.touched) or wallet.first_look is None or bool(wallet.legs)
                 await accounts.looked(conn, desk.account, [name], began, swept=swept, news=news)
             await lookups.ask_chain(conn, questions_of([t for row in rows for t in row.transfers]))
-        if not undated and wallet.last_look is not None:
-            late = (wallet.last_look - 60) * 1000
+        if since_ms is not None:
+            late = since_ms - 60_000
             desk.count("late", sum(1 for r in rows if r.version == 1 and r.time_ms is not None and r.time_ms < late))
         self._remember(wallet, walk, began, swept)
 
@@ -347,10 +349,15 @@ class KeybanPoller:
                 parties.add(known[record].wallet)
             for wallet in parties:
                 shares[wallet][record] = row
+        if not walk.complete:  # it grows while it is read: whoever waits is asked for alone
+            self._listing_from = desk.clock.now() + FULL_EVERY
         for wallet, rows in shares.items():
             share = Walk(rows=dict(rows), complete=walk.complete, pages=0, total=None)
             await self._store(self._open.get(wallet) or _new(wallet), share, began)
-            self.schedule.done(wallet, desk.clock.now())
+            if walk.complete:
+                self.schedule.done(wallet, desk.clock.now())
+            else:
+                self.schedule.put_back(wallet)
             await asyncio.sleep(0)
 
 

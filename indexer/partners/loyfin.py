@@ -72,7 +72,7 @@ def hint_of(row: Any, drift: Drift) -> HintRow | None:
     if kind is None or status is None:
         drift["word"] += 1
         return None
-    if chain_id is None:
+    if chain_id is None or not 0 < chain_id < 2**63:
         raise Unusable(f"operation {record[:60]} names no chain")
     operation_hash = given.get("operationHash")
     relay = given.get("relayTxHash")
@@ -236,7 +236,13 @@ class LoyfinPoller:
             known = await store.current_records(conn, desk.account, found.keys())
             records: list[RecordRow] = [
                 desk.record(
-                    record, raw, known.get(record), "", None, lambda row, d: (instant(row.get("createdAt"), d), ())
+                    record,
+                    raw,
+                    known.get(record),
+                    "",
+                    None,
+                    None,
+                    lambda row, d, _: (instant(row.get("createdAt"), d), ()),
                 )
                 for record, (_, raw) in found.items()
             ]

@@ -179,7 +179,7 @@ def transfers_of(row: Any, wallet: str, ledger: Ledger, *, undated: bool, drift:
         units, said = _sum(side, ledger)
         found.append(
             TransferRow(
-                id=transfer_id(KEYBAN, ledger.brand, kind, record),
+                id=transfer_id(KEYBAN, ledger.brand, kind, record, wallet),
                 kind=kind,
                 record_id=record,
                 wallet=wallet,

@@ -179,16 +179,14 @@ class QiibeePoller:
 
     async def _store(self, rows: dict[str, Any], began: float, last: float | None, state: dict[str, Any]) -> None:
         desk = self._desk
-        undated = last is None
         async with desk.writing() as (conn, stored):
-            await self._write(conn, rows, undated, None if last is None else int(last * 1000), stored, last)
+            await self._write(conn, rows, None if last is None else int(last * 1000), stored, last)
             await accounts.save_state(conn, desk.account, {**state, "last_look": began})
 
     async def _write(
         self,
         conn: Connection,
         rows: dict[str, Any],
-        undated: bool,
         since_ms: int | None,
         stored: store.Stored,
         last: float | None,
@@ -205,14 +203,15 @@ class QiibeePoller:
                 known.get(record),
                 "",
                 None,
-                lambda row, drift: (
+                since_ms,
+                lambda row, drift, undated: (
                     row_time(row, drift),
                     transfers_of(row, brand, words, undated=undated, drift=drift),
                 ),
             )
             for record, row in rows.items()
         ]
-        stored += await store.store_records(conn, desk.account, found, since_ms)
+        stored += await store.store_records(conn, desk.account, found)
         stored += await store.still_there(conn, desk.account, list(rows), self._keep)
         if last is not None:
             late = (last - 60) * 1000
@@ -237,7 +236,7 @@ class QiibeePoller:
         since_ms = None if since is None else int(since) * 1000
         async with desk.writing() as (conn, stored):
             last = state.get("last_look")
-            await self._write(conn, reading.rows, False, int(last * 1000) if last else None, stored, None)
+            await self._write(conn, reading.rows, int(last * 1000) if last else None, stored, None)
             if reading.whole and (reading.rows or now - swept >= EMPTY_ALONE):
                 stored += await store.sweep(conn, desk.account, "", reading.rows.keys(), since_ms, int(now) * 1000)
             await accounts.save_state(conn, desk.account, {**state, **times})

@@ -149,7 +149,7 @@ def transfers_of(row: Any, brand: str, words: Words, *, undated: bool, drift: Dr
     tx_hash = text(given.get("tx_hash"), drift)
     return (
         TransferRow(
-            id=transfer_id(QIIBEE, brand, kind, record),
+            id=transfer_id(QIIBEE, brand, kind, record, wallet),
             kind=kind,
             record_id=record,
             wallet=wallet,

@@ -88,6 +88,15 @@ class AnswerRow:
     final: bool = False
 
 
+async def attempted(conn: Connection, chain_id: int, tx_hashes: Sequence[bytes]) -> None:
+    """Nothing was learnt of these: what is stored stays, and others are asked about first."""
+    await conn.execute(
+        "UPDATE indexer.chain_lookup SET answered_at = clock_timestamp() WHERE chain_id = $1 AND tx_hash = ANY ($2::bytea[])",
+        chain_id,
+        list(tx_hashes),
+    )
+
+
 async def answer(conn: Connection, chain_id: int, answers: Sequence[AnswerRow]) -> int:
     """Stores answers; operations that wait for a changed one are looked at again. Answers how many changed.
 

@@ -30,6 +30,7 @@ class Current:
     raw: Any
     wallet: str
     missing: int
+    after_ms: int | None  # the last look that lacked it; None: it was there at the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,8 @@ class RecordRow:
     time_ms: int | None
     transfers: tuple[TransferRow, ...]
     scope: str | None = None
+    after_ms: int | None = None  # evidence in it without a time of its own came after this
+    readable: bool = True  # else nothing is known now of the evidence in it, and what is stored stays
 
 
 @dataclass(slots=True)
@@ -103,7 +106,7 @@ async def current_records(conn: Connection, account: Account, record_ids: Collec
     """What is stored of these. partner_record_current_idx."""
     rows = await conn.fetch(
         """
-        SELECT record_id, version, raw, wallet, missing FROM indexer.partner_record
+        SELECT record_id, version, raw, wallet, missing, after_ms FROM indexer.partner_record
         WHERE brand = $1 AND partner = $2 AND record_id = ANY ($3::text[]) AND current
         """,
         account.brand,
@@ -179,13 +182,10 @@ async def resting(conn: Connection, account: Account, record_ids: Sequence[str],
     )
 
 
-async def store_records(
-    conn: Connection, account: Account, records: Sequence[RecordRow], since_ms: int | None = None
-) -> Stored:
+async def store_records(conn: Connection, account: Account, records: Sequence[RecordRow]) -> Stored:
     """A listing's records: new versions, and the evidence wherever it differs from what is stored.
 
-    Evidence that a record no longer speaks of stops counting. `since_ms`: new evidence without a time of its own, and not
-    `undated`, came after this.
+    Evidence that a record no longer speaks of stops counting; of a record that cannot be read it stays as it was.
     """
     stored = Stored()
     ids = [record.record_id for record in records]
@@ -205,7 +205,7 @@ async def store_records(
     }
     rows: list[tuple[Any, ...]] = []
     told: set[UUID] = set()
-    for transfer in (transfer for record in records for transfer in record.transfers):
+    for transfer, after_ms in ((transfer, each.after_ms) for each in records for transfer in each.transfers):
         told.add(transfer.id)
         was = before.get(transfer.id)
         stands = was is not None and not was["withdrawn"] and _place(was) == transfer.place
@@ -213,8 +213,6 @@ async def store_records(
             continue
         if was is not None and was["status"] in _SETTLED and not stands:
             stored.unsettled += not was["withdrawn"]
-        if was is not None and was["wallet"] != transfer.wallet:
-            stored.touched.add((was["kind"], was["wallet"]))
         stored.touched.add((transfer.kind, transfer.wallet))
         rows.append(
             (
@@ -236,17 +234,18 @@ async def store_records(
                 transfer.block_number,
                 transfer.status in _SETTLED,
                 stands,
-                None if transfer.undated else since_ms,
+                None if transfer.undated else after_ms,
             )
         )
     await conn.executemany(_UPSERT, rows)
-    scopes = {record.record_id: record.scope for record in records}
+    scopes = {record.record_id: record.scope for record in records if record.readable}
     silent = [
         row
         for key, row in before.items()
         if key not in told
         and row["status"] in ("pending", *_SETTLED)
         and row["amount_text"] is not None
+        and row["record_id"] in scopes
         and scopes[row["record_id"]] in (None, row["wallet"])
     ]
     if silent:
@@ -286,10 +285,10 @@ async def _store_versions(conn: Connection, account: Account, records: Sequence[
     )
     await conn.executemany(
         """
-        INSERT INTO indexer.partner_record (brand, partner, record_id, version, raw, wallet, time_ms)
-        VALUES ($1, $2, $3, $4, $5, $6, $7)
+        INSERT INTO indexer.partner_record (brand, partner, record_id, version, raw, wallet, time_ms, after_ms)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
         """,
-        [(*account, r.record_id, r.version, r.raw, r.wallet, r.time_ms) for r in records],
+        [(*account, r.record_id, r.version, r.raw, r.wallet, r.time_ms, r.after_ms) for r in records],
     )
     for record in records:
         if record.version == 1:

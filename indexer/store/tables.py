@@ -358,6 +358,7 @@ partner_record = Table(
         "wallet", Text, nullable=False, server_default=text("''")
     ),  # whose listing holds it; '' is the whole account's
     Column("time_ms", BigInteger),  # the record's own time
+    Column("after_ms", BigInteger),  # the last look that lacked it; null: it was there at the first
     Column("missing", SmallInteger, nullable=False, server_default=text("0")),  # full sweeps in a row that lacked it
     PrimaryKeyConstraint("brand", "partner", "record_id", "version"),
     # sweeps: what a listing should still hold

@@ -270,6 +270,7 @@ def create_tables() -> None:
     sa.Column('current', sa.Boolean(), server_default=sa.text('true'), nullable=False),
     sa.Column('wallet', sa.Text(), server_default=sa.text("''"), nullable=False),
     sa.Column('time_ms', sa.BigInteger(), nullable=True),
+    sa.Column('after_ms', sa.BigInteger(), nullable=True),
     sa.Column('missing', sa.SmallInteger(), server_default=sa.text('0'), nullable=False),
     sa.PrimaryKeyConstraint('brand', 'partner', 'record_id', 'version', name=op.f('partner_record_pk')),
     schema='indexer'

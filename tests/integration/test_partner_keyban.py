@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from decimal import Decimal
+from typing import Never
 
 import pytest
 
 from indexer.partners.client import Denied, Unavailable
-from indexer.partners.orders import Ledger
+from indexer.partners.orders import Ledger, Unusable
 from indexer.sandbox.partners.keyban import Keyban
 from indexer.sandbox.partners.movement import AT_ONCE, STUCK, Course
+from indexer.store import partners as store
 from indexer.store.database import Database
 from indexer.store.partner_accounts import OpenWallet
 from tests.partner_office import BRAND, KEY, Time, office
@@ -100,6 +102,7 @@ async def test_a_transfer_without_a_time_settles_by_decision_only_if_it_was_ther
     async with office(database, partner, time, name="keyban") as desk:
         await desk.register(mint(account.wallet, 10), reference="a")
         partner.mint(account, 10, AT_ONCE)
+        queued = partner.mint(account, 10, Course(0.0, 3600.0, 3600.0))
         poller = desk.keyban()
 
         original = partner._transaction  # the sheet does not attest `date`: here the API leaves it out
@@ -119,6 +122,39 @@ async def test_a_transfer_without_a_time_settles_by_decision_only_if_it_was_ther
         first, second = await desk.transfers()
         assert first["undated"] and not second["undated"]
         assert looked is not None and second["time_ms"] == int(looked * 1000)
+
+        # queued at the first look: it was made before that, whenever it is done
+        time.ahead = 3700.0
+        await poller.look(await desk.wallet(account.wallet))
+        done = next(t for t in await desk.transfers() if t["record_id"] == queued.id)
+        assert done["status"] == "succeeded" and done["undated"] and done["time_ms"] is None
+
+
+async def test_a_record_that_cannot_be_read_any_more_takes_nothing_back(database: Database) -> None:
+    time = Time()
+    partner = simulator(time)
+    account = partner.open_account()
+    async with office(database, partner, time, name="keyban") as desk:
+        await desk.register(mint(account.wallet, 10), reference="a")
+        partner.mint(account, 10, AT_ONCE)
+        poller = desk.keyban()
+        await poller.look(await desk.wallet(account.wallet))
+        (before,) = await desk.transfers()
+
+        await desk.touched()
+        async with desk.desk.writing() as (conn, stored):
+            known = await store.current_records(conn, desk.account, [before["record_id"]])
+
+            def unreadable(*_: object) -> Never:
+                raise Unusable("no direction")
+
+            raw = {"id": before["record_id"], "odd": True}
+            row = desk.desk.record(before["record_id"], raw, known[before["record_id"]], "w", None, None, unreadable)
+            stored += await store.store_records(conn, desk.account, [row])
+        assert not row.readable and stored.unsettled == 0
+        assert (await desk.transfers())[0] == before
+        assert await desk.touched() == set()
+        assert desk.oddities()["quarantined"] == 1
 
 
 @pytest.mark.parametrize(

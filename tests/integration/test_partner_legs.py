@@ -54,7 +54,7 @@ class PartnerWorld(World):
             "wallet": ALICE, "token": None, "amount": 250, "at": 0.0, "undated": False, "status": "succeeded", "stood": 0.0,
             "network": "StellarTestnet" if partner == "keyban" else None, "chain_id": None, "tx": "ab" * 32, "withdrawn": False, "seen": 0.0,
         } | given  # fmt: skip
-        identity = transfer_id(partner, BRAND, kind, record_id)
+        identity = transfer_id(partner, BRAND, kind, record_id, terms["wallet"])
         await self.conn.execute(
             """
             INSERT INTO indexer.partner_transfer AS t (id, brand, partner, kind, record_id, wallet, token, amount, amount_text, time_ms,
@@ -249,7 +249,7 @@ async def test_a_withdrawn_record_unsettles_and_its_return_is_the_next_generatio
             {
                 "provider": "keyban",
                 "recordId": "o1",
-                "evidenceId": str(transfer_id("keyban", BRAND, "keyban.mint", "o1")),
+                "evidenceId": str(transfer_id("keyban", BRAND, "keyban.mint", "o1", ALICE)),
                 "settledAt": instant(round(settled)),
             }
         ]
@@ -549,7 +549,7 @@ async def test_a_record_that_nothing_claims_is_told_once_it_is_final_and_ten_min
         await world.conn.execute(
             "UPDATE indexer.partner_transfer SET unmatched_look_at = NULL WHERE record_id = 'claimed'"
         )
-        await world.decide(claimed, transfer_id("keyban", BRAND, "keyban.mint", "claimed"), False)
+        await world.decide(claimed, transfer_id("keyban", BRAND, "keyban.mint", "claimed", ALICE), False)
         await world.settle()
         assert await told() == 1
 

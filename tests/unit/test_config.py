@@ -504,6 +504,19 @@ def test_a_bad_secret_of_several_files_is_named(write: Write, tmp_path: Path) ->
 # --------------------------------------------------------------------------- secrets stay secret
 
 
+@pytest.mark.parametrize("partner", ["keyban", "qiibee"])
+def test_one_account_is_one_brands(write: Write, partner: str) -> None:
+    network = 'network = "StellarMainnet"' if partner == "keyban" else ""
+    section = f'[brands.{partner}]\napi_key = "key-of-both"\n{network}'
+    rose = BRAND.replace("bloom", "rose").replace("0001", "0002")
+    path = write(BRAND, section, rose, section)
+    with pytest.raises(ConfigProblems) as caught:
+        load(path, {}, embedded=True)
+    (problem,) = caught.value.problems
+    assert problem.where == f"brands[1].{partner}.api_key" and "another brand" in problem.what
+    assert "key-of-both" not in str(problem)
+
+
 def test_no_problem_repeats_a_secret(write: Write) -> None:
     hidden = ["hunter2", "sk_live_9f8e7d6c5b4a", "whsec_c2hvcnQ", "c2hvcnQ", "rpc-key-0123456789", "kb-0123456789"]
     path = write(

@@ -294,13 +294,28 @@ def test_pairing_finds_as_many_as_there_are_whatever_fits_whom() -> None:
 # --------------------------------------------------------------------------- cases worth a name
 
 
-def test_the_identity_of_a_record_is_of_partner_account_kind_and_record() -> None:
-    assert a_record().id == transfer_id("keyban", SETTLES, "keyban.mint", "o1")
-    assert a_record().id == uuid5(NAMESPACE_EVIDENCE, "keyban:settles:keyban.mint:o1")
-    changed = a_record(amount=7, status=Status.FAILED, wallet="b", tx_hashes=("0x1",))
+def test_the_identity_of_evidence_is_of_partner_account_kind_record_and_wallet() -> None:
+    assert a_record().id == transfer_id("keyban", SETTLES, "keyban.mint", "o1", "GALICE")
+    assert a_record().id == uuid5(NAMESPACE_EVIDENCE, "keyban:settles:keyban.mint:o1:GALICE")
+    changed = a_record(amount=7, status=Status.FAILED, tx_hashes=("0x1",))
     assert changed.id == a_record().id, "what changes is a version of the same evidence"
     others = [a_record("o2"), a_record(brand=HOLDS), a_record(kind="keyban.burn"), a_record(kind="qiibee.credit")]
-    assert len({record.id for record in [a_record(), *others]}) == 5
+    assert len({record.id for record in [a_record(), *others, a_record(wallet="b")]}) == 6, (
+        "an order may move to several"
+    )
+
+
+def test_two_orders_that_name_one_transfer_settle_one_leg() -> None:
+    look = Look(8453, "0x1", 7, b"\x07" * 32, True, (Moved("0x70", "0x00", "GALICE", 100),))
+    legs = [a_leg(0), a_leg(1)]
+    records = [a_record(name, chain_id=8453, tx_hashes=("0x1",), looks=(look,), contract="0x70") for name in ("a", "b")]
+    assert all(record.counts for record in records)
+    once = match_partners(legs, records, rules=RULES)
+    assert len(once.claims) == 1
+    again = match_partners(legs, records[::-1], list(once.claims.values()), rules=RULES)
+    assert again.claims == once.claims
+    final = [replace(claim, final=True) for claim in once.claims.values()]
+    assert len(match_partners(legs, records, final, rules=RULES).claims) == 1
 
 
 def test_equal_mints_are_paired_by_time_and_marked_ambiguous() -> None:
