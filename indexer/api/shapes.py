@@ -118,7 +118,10 @@ class Registration(Struct, frozen=True, rename="camel", forbid_unknown_fields=Tr
     reference: Annotated[str, Meta(min_length=1, max_length=200, pattern="^[^\\u0000-\\u001f\\u007f-\\u009f]*$")]
     legs: Annotated[list[LegRegistration], Meta(min_length=1, max_length=16)]
     requested_at: Annotated[datetime, Meta(tz=True, description="when the customer asked")] | None = None
-    metadata: Annotated[dict[str, Any], Meta(description="at most 8 kB; returned as it came")] | None = None
+    metadata: (
+        Annotated[dict[str, Any], Meta(description="at most 8 kB; returned as it came, numbers to the last digit")]
+        | None
+    ) = None
 
 
 # ------------------------------------------------------------------------------------------------ an operation's parts

@@ -176,12 +176,13 @@ def operation_signal(
     now_ms: int,
     causes: Iterable[object],
     legs: list[dict[str, Any]],
-    metadata: dict[str, Any],
+    metadata: object,
     evidence: list[dict[str, Any]],
     supersedes: UUID | None = None,
     extra: dict[str, Any] | None = None,
 ) -> Signal:
-    """A signal about an operation. The sequencer adds `stream` and `sequence` when it numbers it."""
+    """A signal about an operation. The sequencer adds `stream` and `sequence` when it numbers it. `metadata` is whatever the
+    caller's encoder writes out: a brand's numbers are not ours to read."""
     identity = signal_id(operation_id, generation, kind, causes)
     data = {
         "id": str(identity),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 import asyncpg
+import msgspec
 
 from indexer.model.evidence import Hint, Movement, PartnerTransfer
 from indexer.model.matching import Claim, Decision
@@ -98,7 +99,7 @@ async def load(conn: Connection, ids: Sequence[UUID]) -> Neighbourhood:
             brand=row["brand"],
             reference=row["reference"],
             request=row["request"],
-            metadata=row["metadata"],
+            metadata=msgspec.Raw(row["metadata"].encode()),
             state=State(row["state"]),
             generation=row["generation"],
             registered_at_ms=row["registered_ms"],
@@ -111,7 +112,7 @@ async def load(conn: Connection, ids: Sequence[UUID]) -> Neighbourhood:
         )
         for row in await conn.fetch(
             """
-            SELECT id, brand, reference, request, metadata, state, generation, requested_at_stated, cancelled_at, detail, standing_signal,
+            SELECT id, brand, reference, request, metadata::text AS metadata, state, generation, requested_at_stated, cancelled_at, detail, standing_signal,
                    finalized_generation, (extract(epoch FROM registered_at) * 1000)::bigint AS registered_ms,
                    (extract(epoch FROM requested_at) * 1000)::bigint AS requested_ms
             FROM indexer.operation WHERE id = ANY($1::uuid[])

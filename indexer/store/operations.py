@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
+import msgspec
+
 from indexer.model.confidence import Alarm, Heads
 from indexer.model.evidence import Place
 from indexer.model.matching import Claim
@@ -27,7 +29,7 @@ class Operation:
     brand: str
     reference: str
     request: dict[str, Any]
-    metadata: dict[str, Any]
+    metadata: msgspec.Raw  # the brand's own words, passed on as they are: nobody here reads a number of theirs
     state: State
     generation: int
     registered_at_ms: int
