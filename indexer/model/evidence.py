@@ -6,6 +6,7 @@ its order among equals and, where it stands in a block of a chain that we follow
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -27,10 +28,10 @@ def evidence_id(chain_id: int, factory: bytes, kind: str, issuer: bytes, nonce: 
     return uuid5(NAMESPACE_EVIDENCE, f"{chain_id}:{hex0x(factory)}:{kind}:{hex0x(issuer)}:{hex0x(nonce)}")
 
 
-def transfer_id(partner: str, brand: str, kind: str, record_id: str, wallet: str) -> UUID:
-    """The id of one side of a partner's record as evidence: of partner, account (a brand has one at each), kind, the record's own
-    id, and the wallet: an order may move to several."""
-    return uuid5(NAMESPACE_EVIDENCE, f"{partner}:{brand}:{kind}:{record_id}:{wallet}")
+def transfer_id(partner: str, kind: str, record_id: str, wallet: str) -> UUID:
+    """The id of one side of a partner's record as evidence: of partner, kind, the record's own id, and the wallet, since an order
+    may move to several. Whose account it was read through is no part of it: what two brands can read is one thing still."""
+    return uuid5(NAMESPACE_EVIDENCE, f"{partner}:{kind}:{record_id}:{wallet}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,7 @@ class Look:
 class PartnerTransfer:
     """A Keyban order, or one side of a qiibee transaction, as last read. Amounts in base units, times in Unix milliseconds.
 
-    `stated_ms` is the record's own time; `settled_ms` since when it is included or succeeded with this status, hash and amount,
+    `stated_ms` is the record's own time, or else the look before the first that showed it (`dateless` then); `settled_ms` since when it is included or succeeded with this status, hash and amount,
     `seen_ms` when it was last read so: both by our clock. `looks` are our answers about its transactions, each of them, where
     `chain_id` names a chain that we follow. `contract` is the points token there in lower-case 0x text, by configuration: anyone
     can send a token of their own.
@@ -163,6 +164,7 @@ class PartnerTransfer:
     first_seen_ms: int
     stated_ms: int | None = None
     undated: bool = False
+    dateless: bool = False
     settled_ms: int | None = None
     seen_ms: int = 0
     network: str | None = None
@@ -175,7 +177,7 @@ class PartnerTransfer:
 
     @cached_property
     def id(self) -> UUID:
-        return transfer_id(self.partner, self.brand, self.kind, self.record_id, self.wallet)
+        return transfer_id(self.partner, self.kind, self.record_id, self.wallet)
 
     @property
     def lane(self) -> tuple[str, str]:
@@ -191,27 +193,35 @@ class PartnerTransfer:
         """Among equals by time, then id: the same whichever page it was read from."""
         return (self.time_ms, str(self.id))
 
-    @property
-    def movement(self) -> tuple[object, ...] | None:
-        """What it stands for on a chain that we follow: orders that share it share the transfers that are there."""
-        return None if self.chain_id is None else (*self.lane, self.wallet, self.amount, self.tx_hashes)
-
     @cached_property
-    def carried(self) -> int:
-        """How many transfers of this amount its transactions hold; one where several make it up together."""
-        return max(1, self._values.count(self.amount)) if self.amount is not None else 0
-
-    @cached_property
-    def _values(self) -> list[int]:
-        """The values that its transactions moved to or from the wallet, of the token whose transfers count."""
+    def _values(self) -> list[tuple[str, int]]:
+        """(transaction, value) of what moved to or from the wallet there, of the token whose transfers count."""
         receives = self.kind in INCOMING
         return [
-            moved.value
+            (look.tx_hash, moved.value)
             for look in self.looks
             if look.chain_id == self.chain_id and look.tx_hash in self.tx_hashes and look.block_number is not None
             for moved in look.moved
             if moved.token == self.contract and (moved.recipient if receives else moved.sender) == self.wallet
         ]
+
+    @cached_property
+    def held(self) -> Counter[object]:
+        """What its transactions carry for it on a chain that we follow, as far as we looked: transfers by their number."""
+        if self.chain_id is None:
+            return Counter()
+        side = (self.chain_id, self.kind, self.wallet)
+        if self.check is Check.HOLDS:
+            return Counter((*side, tx, value) for tx, value in self._values)
+        return Counter((*side, tx) for tx in self.tx_hashes)  # not looked at: whoever names one of them first has it
+
+    @cached_property
+    def drawn(self) -> Counter[object]:
+        """Of `held`, what it stands for itself: records that name one transfer are one movement of value."""
+        own = [key for key in self.held if isinstance(key, tuple) and key[-1] == self.amount]
+        if self.check is Check.HOLDS and len(self.tx_hashes) == 1 and own:
+            return Counter(own[:1])
+        return self.held
 
     @cached_property
     def check(self) -> Check:
@@ -227,7 +237,7 @@ class PartnerTransfer:
             return Check.WAITING
         if self.contract is None:
             return Check.WAITING
-        values = self._values
+        values = [value for _, value in self._values]
         # a transaction may carry the transfers of several orders: one of them may be this one's
         one = len(seen) == 1 and self.amount in values
         return Check.HOLDS if self.amount is not None and (one or sum(values) == self.amount) else Check.REFUTED

@@ -56,6 +56,7 @@ class _Table:
         self.rules = rules
         self.verdicts = {(d.operation_id, d.evidence_id): d for d in decisions}  # the last one counts
         self.taken: set[UUID] = set()
+        self.drawn: Counter[object] = Counter()  # transfers on a chain that what is taken stands for
         self.judged = {d.operation_id for d in decisions}
         self.disputed: set[UUID] = set()  # sides of ties that wait for a person
 
@@ -65,14 +66,24 @@ class _Table:
 
     def settle(self, claim: Claim) -> None:
         self.result.claims[claim.leg] = claim
-        self.taken.add(claim.evidence_id)
+        self.take(claim.evidence_id)
+
+    def take(self, evidence_id: UUID) -> None:
+        if evidence_id not in self.taken:
+            self.taken.add(evidence_id)
+            if (transfer := self.transfers.get(evidence_id)) is not None:
+                self.drawn.update(transfer.drawn)
+
+    def left(self, transfer: PartnerTransfer, drawn: Counter[object]) -> bool:
+        """Whether the chain holds a transfer for it that nobody else stands on."""
+        return all(drawn[key] + times <= transfer.held[key] for key, times in transfer.drawn.items())
 
     def keep_stored(self, stored: Sequence[Claim]) -> None:
         """What stands: decisions, and what a `ready` has left on, while the record counts and still says the same."""
         for claim in sorted(stored, key=lambda c: (c.leg[0].bytes, c.leg[1])):
             leg, transfer = self.legs.get(claim.leg), self.transfers.get(claim.evidence_id)
             if leg is None:  # a leg outside this neighbourhood holds it
-                self.taken.add(claim.evidence_id)
+                self.take(claim.evidence_id)
             elif transfer is None or not transfer.counts or transfer.id in self.taken or self.dismissed(leg, transfer):
                 continue
             elif leg.lane != transfer.lane or leg.differences(transfer):
@@ -90,7 +101,7 @@ class _Table:
             if leg.lane != transfer.lane or leg.differences(transfer):
                 continue
             standing = self.result.claims.get(leg.key)
-            if standing is None and transfer.id not in self.taken:
+            if standing is None and transfer.id not in self.taken and self.left(transfer, self.drawn):
                 self.settle(Claim(leg.key, transfer.id, "decision"))
             elif standing is not None and standing.evidence_id == transfer.id:
                 self.settle(Claim(leg.key, transfer.id, "decision", final=standing.final))
@@ -139,7 +150,7 @@ class _Table:
         first = legs[0]
         around = [t for t in self.in_group[first.group] if t.id not in self.taken]
         dated = [t for t in around if not t.undated]
-        counting = self.carried([t for t in dated if t.counts])
+        counting = self.carried(legs, [t for t in dated if t.counts])
         hold = self.rules.get((first.brand, first.partner), WalletRules()).hold
         fitting, pairs = self.pairs(legs, counting)
         rivals = rivalry(fitting, len(counting))
@@ -153,7 +164,7 @@ class _Table:
             else:
                 self.settle(Claim(leg.key, choice.id, "wallet_amount", ambiguous))
         self.disputed |= disputed
-        undated = [t for t in around if t.undated and t.counts]
+        undated = [t for t in around if (t.undated or t.dateless) and t.counts]
         waiting = [at for at, leg in enumerate(legs) if leg.key not in self.result.claims]
         for at in waiting:
             self.offer(legs[at], [counting[record] for record in fitting[at]] if hold else [], undated)
@@ -163,31 +174,38 @@ class _Table:
         self.result.submitted |= {live[at].key: pending[record] for at, record in under_way.items()}
         self.failures([leg for leg in live if leg.key not in self.result.submitted], dated)
 
-    def carried(self, records: Sequence[PartnerTransfer]) -> list[PartnerTransfer]:
+    def carried(self, legs: Sequence[PartnerLeg], records: Sequence[PartnerTransfer]) -> Sequence[PartnerTransfer]:
         """Of these, no more than the chain holds transfers for: two orders that name one transfer are one movement of value."""
-        left: Counter[object] = Counter()
-        for held in self.taken:
-            if (taken := self.transfers.get(held)) is not None and taken.movement is not None:
-                left[taken.movement] -= 1
-        found = []
-        for record in records:
-            if record.movement is not None:
-                if left[record.movement] + record.carried <= 0:
-                    continue
-                left[record.movement] -= 1
-            found.append(record)
+        if not any(record.drawn for record in records):
+            return records
+        times = [record.time_ms for record in records]
+        fitting = {at for leg in legs for at in self.fitting(leg, records, times)}
+        drawn, found = Counter(self.drawn), []
+        for at, record in enumerate(records):
+            if at in fitting and self.left(record, drawn):
+                drawn.update(record.drawn)
+                found.append(record)
         return found
 
     def offer(self, leg: PartnerLeg, fitting: list[PartnerTransfer], undated: list[PartnerTransfer]) -> None:
-        """What a person may accept for a leg: the other sides of a tie that is held, and records without a time."""
+        """What a person may accept for a leg: the other sides of a tie that is held, and records without a time of their own."""
         choice = self.result.held.get(leg.key)
         offers = [
             Conflict(leg.key, t, ())
-            for t in [*fitting, *(t for t in undated if self.possible(leg, t))]
+            for t in [*fitting, *(t for t in undated if self.possible(leg, t) and self.may_be_of(leg, t))]
             if t.id not in self.taken and (choice is None or choice.evidence.id != t.id)
         ]
         if offers:
             self.result.offers[leg.key] = offers[:OFFERS]
+
+    def may_be_of(self, leg: PartnerLeg, transfer: PartnerTransfer) -> bool:
+        """Whether a record without a time of its own can have come within the leg's window: after the last look that lacked it, and
+        before the first that showed it."""
+        if transfer.undated:
+            return True  # there at the first look: as old as anything
+        rule = self.rules.get((leg.brand, leg.partner), WalletRules())
+        early, late = leg.requested_at_ms - rule.skew_ms, leg.requested_at_ms + rule.window_ms
+        return transfer.time_ms <= late and transfer.first_seen_ms >= early
 
     def failures(self, legs: list[PartnerLeg], dated: list[PartnerTransfer]) -> None:
         """Which legs a failed record may be about; for certain only where every leg that it can mean has one."""

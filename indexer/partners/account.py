@@ -46,6 +46,7 @@ Oddity = Literal[
     "missing",  # a record that a full sweep lacked (F118)
     "withdrawn",  # … and the second one too (F118)
     "returned",  # a record that had been missing (F118)
+    "foreign",  # evidence that another brand's account has shown
     "difference",  # Loyfin's API and the chain do not say the same
 ]
 _OF_DRIFT: Final[dict[str, Oddity]] = {
@@ -87,6 +88,12 @@ class Desk:
         self.count("missing", stored.missing)
         self.count("withdrawn", stored.withdrawn)
         self.count("returned", stored.returned)
+        self.count("foreign", stored.foreign)
+        if stored.foreign and "foreign" not in self.told:
+            self.told.add("foreign")
+            log.error(
+                "another brand's account shows the same records: they are evidence for that brand alone", **self._who
+            )
         if stored.unsettled:
             log.warning("evidence changed or is gone", **self._who, records=stored.unsettled)
 
@@ -171,11 +178,11 @@ class Desk:
         wallet: str,
         scope: str | None,
         since_ms: int | None,
-        read: Callable[[Any, Drift, bool], tuple[int | None, tuple[TransferRow, ...]]],
+        read: Callable[[Any, Drift, bool], tuple[int | None, tuple[TransferRow, ...] | None]],
     ) -> RecordRow:
         """One row of a listing beside what is stored of it; without evidence, and counted, where nothing can be made of it.
 
-        `read` gives the record's own time and the evidence in it; told whether evidence without a time of its own is undated. That
+        `read` gives the record's own time and the evidence in it, None where it does not know what the record speaks of; told whether evidence without a time of its own is undated. That
         it is where the record was there at the first look; else it came after `since_ms`, the look before the record was first seen,
         however long it was queued then. Drift counts where a record is new or says something new,
         not at every look.
@@ -185,13 +192,11 @@ class Desk:
         document = received if known is None else completed(received, known.raw, drift)
         news = known is None or not alike(document, known.raw)
         after_ms = since_ms if known is None else known.after_ms
-        readable = True
         time_ms: int | None = None
-        transfers: tuple[TransferRow, ...] = ()
+        transfers: tuple[TransferRow, ...] | None = None
         try:
             time_ms, transfers = read(document, Drift(), after_ms is None)
         except ValueError as why:
-            readable = False
             self.quarantine(str(why))
         if known is None or received != known.raw:  # else it was counted when it came
             with suppress(ValueError):
@@ -206,8 +211,8 @@ class Desk:
             document,
             known.wallet if known is not None else wallet,
             time_ms,
-            transfers,
+            transfers or (),
             scope,
             after_ms,
-            readable,
+            transfers is not None,
         )

@@ -92,6 +92,7 @@ class _Node:
     block: int | None
     success: bool | None
     time_ms: int | None
+    doubtful: bool  # amount, transaction, block or success is there, and cannot be read
 
 
 def _party(transfer: Any, name: str, drift: Drift) -> tuple[bool, str | None]:
@@ -118,18 +119,24 @@ def _node(node: Any, drift: Drift) -> _Node:
     if token is None:
         token = table(transfer.get("token")).get("id")
     decimals = transfer.get("decimals", table(transfer.get("token")).get("decimals"))
+    vital: Drift = Drift()
+    value, tx_hash = amount(transfer.get("value"), vital), text(tx_hash, vital)
+    block = whole(tx.get("blockNumber", transfer.get("transactionBlockNumber")), vital)
+    success = flag(tx.get("success"), vital)
+    drift.update(vital)
     return _Node(
         sender,
         recipient,
         # one side alone says it when the wallet is on it; a mint's sender or a burn's recipient may be nobody
         directed=sent or received,
-        value=amount(transfer.get("value"), drift),
+        value=value,
         decimals=whole(decimals, drift) if decimals is not None else None,
         token=text(token, drift),
-        tx_hash=text(tx_hash, drift),
-        block=whole(tx.get("blockNumber", transfer.get("transactionBlockNumber")), drift),
-        success=flag(tx.get("success"), drift),
+        tx_hash=tx_hash,
+        block=block,
+        success=success,
         time_ms=instant(tx.get("date", tx.get("createdAt")), drift),
+        doubtful=bool(vital["unreadable"]),
     )
 
 
@@ -179,7 +186,7 @@ def transfers_of(row: Any, wallet: str, ledger: Ledger, *, undated: bool, drift:
         units, said = _sum(side, ledger)
         found.append(
             TransferRow(
-                id=transfer_id(KEYBAN, ledger.brand, kind, record, wallet),
+                id=transfer_id(KEYBAN, kind, record, wallet),
                 kind=kind,
                 record_id=record,
                 wallet=wallet,
@@ -193,6 +200,7 @@ def transfers_of(row: Any, wallet: str, ledger: Ledger, *, undated: bool, drift:
                 chain_id=ledger.chain_id,
                 tx_hashes=_hashes(side, ledger),
                 block_number=max((node.block for node in side if node.block is not None), default=None),
+                doubtful=any(node.doubtful for node in nodes),
             )
         )
     if not found and not all(node.sender is not None or node.recipient is not None for node in moving):

@@ -7,12 +7,13 @@ fixed end compare everything in between; and that only what two of them lacked i
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
 from indexer.partners.account import Desk
-from indexer.partners.client import Denied, Limited, PartnerError
+from indexer.partners.client import Denied, Limited, PartnerError, Unavailable
 from indexer.partners.orders import Unusable
 from indexer.partners.reading import Drift
 from indexer.partners.schedule import SLOWEST, pause
@@ -28,7 +29,6 @@ from indexer.partners.transactions import (
 )
 from indexer.store import partner_accounts as accounts
 from indexer.store import partners as store
-from indexer.store.connection import Connection
 
 LIMIT: Final = 100  # never more: what the API does with more is not stated
 OVERLAP: Final = 10  # rows that two pages share: rows of one second have no order
@@ -38,6 +38,7 @@ SWEEP_EVERY: Final = 600.0  # seconds between sweeps of the horizon, while somet
 HORIZON: Final = 2 * 86_400.0  # seconds that a sweep reaches back, but for once a day, when it reads everything
 WHOLE_EVERY: Final = 86_400.0
 EMPTY_ALONE: Final = 21_600.0  # seconds until an empty account is believed, where there were rows
+PATIENCE: Final = 10  # times that one page of a sweep is waited for
 RESTLESS: Final = 3600.0  # seconds for which every look reaches back to a row that may still change; then sweeps do
 WAIT: Final = 15.0
 GATHER: Final = 1.0  # seconds that registrations are gathered for
@@ -45,11 +46,10 @@ GATHER: Final = 1.0  # seconds that registrations are gathered for
 
 @dataclass(slots=True)
 class Reading:
-    """Rows by id, scrubbed, each as it was read last."""
+    """The ids that a range held, and whether that was all of it."""
 
-    rows: dict[str, Any] = field(default_factory=dict)
+    ids: set[str] = field(default_factory=set)
     whole: bool = False  # everything that the question asked for, as it stood at one time
-    total: int | None = None
 
 
 class QiibeePoller:
@@ -61,28 +61,47 @@ class QiibeePoller:
         self._desk, self._poll, self._keep, self._sweep_every = desk, poll, settle_after, sweep_every
         self._words = words
         self._newest: float | None = None  # registration of the youngest open leg, of the schedule's clock
+        self._oldest_ms: int | None = None  # what the oldest open leg's request bears as its time
         self._failures = 0
 
     async def run(self) -> None:
-        """Until cancelled, or until the lease is lost."""
+        """Until cancelled, or until the lease is lost. Sweeps go on beside the looks: a long history keeps nobody waiting."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._look_on())
+            group.create_task(self._sweep_on())
+
+    async def _look_on(self) -> None:
         desk = self._desk
         while True:
             await self._refresh()
             try:
                 await self.look()
-                await self.sweep_if_due()
                 self._failures = 0
             except (PartnerError, Unusable) as error:
                 self._failures += 1
-                if isinstance(error, Unusable):
-                    desk.quarantine(str(error))
-                    desk.client.health.note(str(error), "unusable")
+                self._note(error)
                 wait = error.retry_after if isinstance(error, Limited) else None
                 due = desk.clock.now() + (wait or (WAIT if isinstance(error, Denied) else self._pause()))
             else:
                 due = desk.clock.now() + self._pause()
             await desk.note_health()
             await self._wait_until(due)
+
+    async def _sweep_on(self) -> None:
+        desk = self._desk
+        while True:
+            try:
+                await self.sweep_if_due()
+            except (PartnerError, Unusable) as error:
+                self._note(error)
+                await desk.note_health()
+                await desk.clock.sleep(WAIT)
+            await desk.clock.sleep(min(WAIT, max(self._sweep_every, GATHER)))
+
+    def _note(self, error: PartnerError | Unusable) -> None:
+        if isinstance(error, Unusable):
+            self._desk.quarantine(str(error))
+            self._desk.client.health.note(str(error), "unusable")
 
     def _pause(self) -> float:
         now = self._desk.clock.now()
@@ -106,37 +125,42 @@ class QiibeePoller:
             await desk.set_clock(conn)
             waiting = await accounts.open_wallets(conn, desk.account)
         self._newest = max((desk.of_wall(each.newest) for each in waiting), default=None)
+        self._oldest_ms = min((each.oldest_ms for each in waiting), default=None)
         desk.metrics.partner_wallets.labels(*desk.account).set(len(waiting))
 
     # ---------------------------------------------------------------- looks
 
     async def look(self) -> None:
-        """The newest rows: back until a whole page is known and at rest, and past the oldest that may still change."""
+        """The newest rows, each page stored as it comes: back until a whole page is known and at rest, and past the oldest that may
+        still change. The first look goes back to what the oldest open leg can be about; the rest of the history is the sweep's."""
         desk = self._desk
         began = desk.wall
         async with desk.lease.transaction() as conn:
             state = await accounts.account_state(conn, desk.account)
             restless = await store.oldest_restless_ms(conn, desk.account, began - RESTLESS)
         last: float | None = state.get("last_look")
-        reading = Reading()
         offset, before = 0, None
         for _ in range(MOST_PAGES):
             page = await self._page(offset, {})
             if before is not None and page.total not in (None, before):
                 desk.count("page_drift")  # rows slid down and come twice; those that slid up are the sweep's
             before = page.total
-            rows = self._rows(page, reading)
+            rows = self._rows(page)
             if not offset and not rows and last is not None:
                 await self._empty()
-            if await self._enough(rows, restless):
-                break
-            if len(page.rows) < LIMIT or (page.total is not None and offset + len(page.rows) >= page.total):
+            ended = len(page.rows) < LIMIT or (page.total is not None and offset + len(page.rows) >= page.total)
+            ended = ended or await self._enough(rows, restless, began if last is None else None)
+            await self._store(rows, state, last, {"last_look": began} if ended else {})
+            if ended:
                 break
             offset += len(page.rows) - OVERLAP
-        await self._store(reading.rows, began, last, state)
 
-    async def _enough(self, rows: dict[str, Any], restless_ms: int | None) -> bool:
+    async def _enough(self, rows: dict[str, Any], restless_ms: int | None, first: float | None) -> bool:
+        """`first`: when the first look of all began, of which everything is new."""
         times = [time for row in rows.values() if (time := row_time(row, Drift())) is not None]
+        if first is not None:
+            floor_ms = int(first * 1000) if self._oldest_ms is None else min(int(first * 1000), self._oldest_ms)
+            return bool(times) and min(times) < floor_ms - HORIZON * 1000
         if restless_ms is not None and (not times or min(times) >= restless_ms):
             return False
         async with self._desk.lease.transaction() as conn:
@@ -155,8 +179,8 @@ class QiibeePoller:
         self._desk.count_drift(drift)
         return page
 
-    def _rows(self, page: History, reading: Reading) -> dict[str, Any]:
-        """The usable rows of a page, scrubbed, also into the reading; what is odd about their order is counted."""
+    def _rows(self, page: History) -> dict[str, Any]:
+        """The usable rows of a page, scrubbed; what is odd about their order is counted."""
         found: dict[str, Any] = {}
         latest: int | None = None
         disorder = False
@@ -174,45 +198,40 @@ class QiibeePoller:
             latest = time if time is not None else latest
             found[record] = row
         self._desk.count("disorder", int(disorder))
-        reading.rows |= found
         return found
 
-    async def _store(self, rows: dict[str, Any], began: float, last: float | None, state: dict[str, Any]) -> None:
-        desk = self._desk
-        async with desk.writing() as (conn, stored):
-            await self._write(conn, rows, None if last is None else int(last * 1000), stored, last)
-            await accounts.save_state(conn, desk.account, {**state, "last_look": began})
-
-    async def _write(
-        self,
-        conn: Connection,
-        rows: dict[str, Any],
-        since_ms: int | None,
-        stored: store.Stored,
-        last: float | None,
+    async def _store(
+        self, rows: dict[str, Any], state: dict[str, Any], last: float | None, times: dict[str, float] | None = None
     ) -> None:
-        desk, brand, words = self._desk, self._desk.account.brand, self._words
+        """A page's rows, with the note of the look where that is its end. `last`: the look before, whose rows are not late."""
+        desk, words = self._desk, self._words
         for row in rows.values():
             if (word := unknown_status(row, words)) is not None:
                 desk.unknown_word("status", word)
-        known = await store.current_records(conn, desk.account, rows.keys())
-        found = [
-            desk.record(
-                record,
-                row,
-                known.get(record),
-                "",
-                None,
-                since_ms,
-                lambda row, drift, undated: (
-                    row_time(row, drift),
-                    transfers_of(row, brand, words, undated=undated, drift=drift),
-                ),
-            )
-            for record, row in rows.items()
-        ]
-        stored += await store.store_records(conn, desk.account, found)
-        stored += await store.still_there(conn, desk.account, list(rows), self._keep)
+        # looks read the newest page alone: what has no time of its own came after the history was last read whole
+        whole = state.get("swept_whole")
+        since_ms = None if whole is None else int(whole * 1000)
+        async with desk.writing() as (conn, stored):
+            known = await store.current_records(conn, desk.account, rows.keys())
+            found = [
+                desk.record(
+                    record,
+                    row,
+                    known.get(record),
+                    "",
+                    None,
+                    since_ms,
+                    lambda row, drift, undated: (
+                        row_time(row, drift),
+                        transfers_of(row, words, undated=undated, drift=drift),
+                    ),
+                )
+                for record, row in rows.items()
+            ]
+            stored += await store.store_records(conn, desk.account, found)
+            stored += await store.still_there(conn, desk.account, list(rows), self._keep)
+            if times:
+                await accounts.save_state(conn, desk.account, times)
         if last is not None:
             late = (last - 60) * 1000
             desk.count("late", sum(1 for r in found if r.version == 1 and r.time_ms is not None and r.time_ms < late))
@@ -224,6 +243,8 @@ class QiibeePoller:
         desk = self._desk
         async with desk.lease.transaction() as conn:
             state = await accounts.account_state(conn, desk.account)
+        if "last_look" not in state:
+            return  # what is waited for is read first
         now = desk.wall
         swept, whole = state.get("swept", 0.0), state.get("swept_whole", 0.0)
         everything = now - whole >= WHOLE_EVERY
@@ -231,42 +252,63 @@ class QiibeePoller:
         if not everything and now - swept < gap:
             return
         since = None if everything else now - HORIZON
-        reading = await self._range(since, now)
-        times = {"swept": now, **({"swept_whole": now} if everything else {})}
+        reading = await self._range(since, now, state)
         since_ms = None if since is None else int(since) * 1000
         async with desk.writing() as (conn, stored):
-            last = state.get("last_look")
-            await self._write(conn, reading.rows, int(last * 1000) if last else None, stored, None)
-            if reading.whole and (reading.rows or now - swept >= EMPTY_ALONE):
-                stored += await store.sweep(conn, desk.account, "", reading.rows.keys(), since_ms, int(now) * 1000)
-            await accounts.save_state(conn, desk.account, {**state, **times})
+            if reading.whole and (reading.ids or now - swept >= EMPTY_ALONE):
+                stored += await store.sweep(conn, desk.account, "", reading.ids, since_ms, int(now) * 1000)
+            times = {"swept": now} | ({"swept_whole": now} if everything else {})
+            await accounts.save_state(conn, desk.account, times)
 
-    async def _range(self, since: float | None, until: float) -> Reading:
-        """Every row between two times, read again until all that is counted was seen.
+    async def _range(self, since: float | None, until: float, state: dict[str, Any]) -> Reading:
+        """Every row between two times, stored page by page, and read again until all that is counted was seen.
 
         The end is fixed, so nothing new slides in; but rows of one second have another order in every answer, and what one
         walk misses at the edge of a page the next one shows.
         """
         span = {"to_time": _iso(until)} | ({"from_time": _iso(since)} if since is not None else {})
-        reading, read = Reading(), Reading()
+        reading, read = Reading(), set[str]()
         for _ in range(WALKS):
-            offset, total, moved = 0, None, False
+            offset, total, moved, unusable = 0, None, False, 0
             for _ in range(MOST_PAGES):
-                page = await self._page(offset, span)
+                page = await self._page_after_all(offset, span)
                 total = page.total if total is None else total
                 moved = moved or page.total not in (None, total)
-                self._rows(page, read)
+                rows = self._rows(page)
+                unusable += sum(1 for row in page.rows if not _has_id(row))
+                await self._store(rows, state, None)
+                read |= rows.keys()
                 if len(page.rows) < LIMIT:
                     break
                 offset += len(page.rows) - OVERLAP
-            reading.rows |= read.rows
-            if not moved and total in (None, len(read.rows)):
+            reading.ids |= read
+            if not moved and not unusable and total in (None, len(read)):
                 reading.whole = True
                 return reading
+            if unusable:
+                return reading  # what has no id may be any that is missing
             self._desk.count("page_drift")
-            if moved or (total is not None and len(read.rows) > total):
-                read = Reading()  # something went meanwhile: what was read before says nothing of now
+            if moved or (total is not None and len(read) > total):
+                read = set()  # something went meanwhile: what was read before says nothing of now
         return reading
+
+    async def _page_after_all(self, offset: int, span: dict[str, str]) -> History:
+        """A page of a long walk: what fails for a while is no reason to begin again."""
+        for _ in range(PATIENCE):
+            try:
+                return await self._page(offset, span)
+            except (Limited, Unavailable) as error:
+                wait = error.retry_after if isinstance(error, Limited) else None
+                await self._desk.clock.sleep(max(WAIT, wait or 0.0))
+        return await self._page(offset, span)
+
+
+def _has_id(row: Any) -> bool:
+    try:
+        row_id(row)
+    except Unusable:
+        return False
+    return True
 
 
 def _iso(at: float) -> str:

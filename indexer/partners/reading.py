@@ -91,7 +91,10 @@ def flag(value: Any, drift: Drift) -> bool | None:
     word = str(value).strip().lower()
     if word in ("true", "1", "success", "ok"):
         return True
-    return False if word in ("false", "0", "failed") else None
+    if word in ("false", "0", "failed"):
+        return False
+    drift["unreadable"] += 1
+    return None
 
 
 def instant(value: Any, drift: Drift) -> int | None:

@@ -130,13 +130,14 @@ def unknown_status(row: Any, words: Words) -> str | None:
     return re.sub(r"[^\w*+. -]", "?", word)[:40] if isinstance(word, str) else f"a {type(word).__name__}"
 
 
-def transfers_of(row: Any, brand: str, words: Words, *, undated: bool, drift: Drift) -> tuple[TransferRow, ...]:
-    """The side of the transaction that a leg may wait for. Raises Unusable for a credit or debit of nobody."""
+def transfers_of(row: Any, words: Words, *, undated: bool, drift: Drift) -> tuple[TransferRow, ...] | None:
+    """The side of the transaction that a leg may wait for; None for an event that nobody knows. Raises Unusable for a credit or
+    debit of nobody."""
     given = table(row)
     event = identifier(given.get("loyalty_event_type")) or ""
     if event not in _EVENTS:
         drift["word"] += bool(event) and event not in _OTHER_EVENTS
-        return ()
+        return () if event in _OTHER_EVENTS else None
     kind, sides, field = _EVENTS[event]
     record = row_id(row)
     wallet = next((found for side in sides if (found := identifier(table(given.get(side)).get("auth_id")))), None)
@@ -144,12 +145,13 @@ def transfers_of(row: Any, brand: str, words: Words, *, undated: bool, drift: Dr
         wallet = wallet.lower()  # as registrations are: hex has no case
     if wallet is None:
         raise Unusable(f"transaction {record[:60]} names no user")
-    value = amount(given.get(field), drift)
+    vital: Drift = Drift()
+    value, tx_hash = amount(given.get(field), vital), text(given.get("tx_hash"), vital)
+    drift.update(vital)
     time_ms = row_time(row, Drift())
-    tx_hash = text(given.get("tx_hash"), drift)
     return (
         TransferRow(
-            id=transfer_id(QIIBEE, brand, kind, record, wallet),
+            id=transfer_id(QIIBEE, kind, record, wallet),
             kind=kind,
             record_id=record,
             wallet=wallet,
@@ -163,5 +165,6 @@ def transfers_of(row: Any, brand: str, words: Words, *, undated: bool, drift: Dr
             chain_id=None,
             tx_hashes=(tx_hash,) if tx_hash else (),
             block_number=None,
+            doubtful=bool(vital["unreadable"]),
         ),
     )

@@ -69,9 +69,9 @@ async def account_state(conn: Connection, account: Account) -> dict[str, Any]:
 
 
 async def save_state(conn: Connection, account: Account, state: Mapping[str, Any]) -> None:
-    """In the transaction of the facts that the state speaks for."""
+    """Adds to what was noted, in the transaction of the facts that the state speaks for."""
     await conn.execute(
-        "UPDATE indexer.partner_account SET state = $3 WHERE brand = $1 AND partner = $2",
+        "UPDATE indexer.partner_account SET state = coalesce(state, '{}') || $3::jsonb WHERE brand = $1 AND partner = $2",
         account.brand,
         account.partner,
         dict(state),

@@ -23,7 +23,7 @@ PARTNER_LEG = """
     (extract(epoch FROM o.registered_at) * 1000)::bigint AS registered_ms
 """
 TRANSFER = """
-    t.id, t.brand, t.partner, t.kind, t.record_id, t.wallet, t.token, t.amount, t.time_ms, t.undated, t.status, t.network,
+    t.id, t.brand, t.partner, t.kind, t.record_id, t.wallet, t.token, t.amount, t.time_ms, t.after_ms, t.undated, t.status, t.network,
     t.chain_id, t.tx_hash, t.tx_hashes, t.block_number, t.withdrawn_at,
     (extract(epoch FROM t.first_seen_at) * 1000)::bigint AS first_seen_ms,
     (extract(epoch FROM t.settled_at) * 1000)::bigint AS settled_ms, (extract(epoch FROM t.seen_at) * 1000)::bigint AS seen_ms
@@ -74,7 +74,8 @@ async def rival_legs(conn: Connection, groups: Iterable[Group]) -> list[PartnerL
 
 
 async def transfers_for(conn: Connection, groups: Iterable[Group], ids: Sequence[UUID]) -> list[PartnerTransfer]:
-    """The records of the groups, but for what a `ready` of others than `ids` rests on (partner_transfer_wallet_idx)."""
+    """The records of the groups, but for what a `ready` of others than `ids` rests on (partner_transfer_wallet_idx); and whatever
+    legs stand on that names the same transactions of a chain that we follow: there may be one transfer for several records."""
     rows = await conn.fetch(
         f"""
         SELECT {TRANSFER} FROM unnest($1::text[], $2::text[], $3::text[], $4::numeric[]) AS g (brand, kind, wallet, amount)
@@ -85,6 +86,18 @@ async def transfers_for(conn: Connection, groups: Iterable[Group], ids: Sequence
         *_columns(groups),
         ids,
     )
+    if hashes := {(row["chain_id"], text) for row in rows if row["chain_id"] is not None for text in _hashes(row)}:
+        # partner_transfer_tx_idx, claim_evidence_id_key
+        rows += await conn.fetch(
+            f"""
+            SELECT {TRANSFER} FROM indexer.partner_transfer t JOIN indexer.claim c ON c.evidence_id = t.id
+            WHERE t.chain_id IS NOT NULL AND t.tx_hashes && $2::text[] AND t.chain_id = ANY ($1::bigint[])
+              AND t.id <> ALL ($3::uuid[]) AND t.withdrawn_at IS NULL
+            """,  # noqa: S608
+            list({chain for chain, _ in hashes}),
+            [text for _, text in hashes],
+            [row["id"] for row in rows],
+        )
     return await transfers_of_rows(conn, rows)
 
 
@@ -172,6 +185,7 @@ def _transfer(row: asyncpg.Record, looks: dict[tuple[int, str], Look]) -> Partne
         first_seen_ms=row["first_seen_ms"],
         stated_ms=row["time_ms"],
         undated=row["undated"],
+        dateless=row["after_ms"] is not None,
         settled_ms=row["settled_ms"],
         seen_ms=row["seen_ms"],
         network=row["network"],

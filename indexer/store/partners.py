@@ -51,6 +51,7 @@ class TransferRow:
     chain_id: int | None
     tx_hashes: tuple[str, ...]
     block_number: int | None
+    doubtful: bool = False  # what it says of amount, transaction or outcome cannot be read
 
     @property
     def place(self) -> tuple[object, ...]:
@@ -90,10 +91,11 @@ class Stored:
     returned: int = 0  # records that had been missing
     missing: int = 0
     withdrawn: int = 0
+    foreign: int = 0  # evidence that another brand's account has shown: it is that brand's
     touched: set[tuple[str, str]] = field(default_factory=set)  # (kind, wallet)
 
     def __iadd__(self, other: Stored) -> Stored:
-        for name in ("new", "changed", "unsettled", "returned", "missing", "withdrawn"):
+        for name in ("new", "changed", "unsettled", "returned", "missing", "withdrawn", "foreign"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.touched |= other.touched
         return self
@@ -203,11 +205,27 @@ async def store_records(conn: Connection, account: Account, records: Sequence[Re
             ids,
         )
     }
+    others = {
+        row[0]
+        for row in await conn.fetch(
+            """
+            SELECT id FROM indexer.partner_transfer t WHERE id = ANY ($1::uuid[]) AND brand <> $2
+              AND (withdrawn_at IS NULL OR EXISTS (SELECT FROM indexer.claim c WHERE c.evidence_id = t.id))
+            """,  # partner_transfer_pk, claim_evidence_id_key
+            [transfer.id for record in records for transfer in record.transfers],
+            account.brand,
+        )
+    }
     rows: list[tuple[Any, ...]] = []
     told: set[UUID] = set()
-    for transfer, after_ms in ((transfer, each.after_ms) for each in records for transfer in each.transfers):
+    for record, transfer in ((each, transfer) for each in records for transfer in each.transfers):
         told.add(transfer.id)
         was = before.get(transfer.id)
+        if transfer.id in others:
+            stored.foreign += record.version is not None
+            continue
+        if transfer.doubtful and was is not None and transfer.status != "failed":
+            continue  # some of what it says cannot be read: unknown is not undone
         stands = was is not None and not was["withdrawn"] and _place(was) == transfer.place
         if was is not None and stands and _rest(was) == transfer.rest and transfer.time_ms in (None, was["time_ms"]):
             continue
@@ -234,7 +252,7 @@ async def store_records(conn: Connection, account: Account, records: Sequence[Re
                 transfer.block_number,
                 transfer.status in _SETTLED,
                 stands,
-                None if transfer.undated else after_ms,
+                None if transfer.undated else record.after_ms,
             )
         )
     await conn.executemany(_UPSERT, rows)
@@ -297,18 +315,20 @@ async def _store_versions(conn: Connection, account: Account, records: Sequence[
             stored.changed += 1
 
 
-# A time that the record did not have before is taken over, and ends `undated`; one that was known is not forgotten.
+# A time that the record did not have before is taken over, and ends `undated`; one that was known is not forgotten. What another
+# brand's account has shown is that brand's, until it is gone there.
 _UPSERT = """
-INSERT INTO indexer.partner_transfer AS t (id, brand, partner, kind, record_id, wallet, token, amount, amount_text, time_ms, undated,
-    status, network, chain_id, tx_hash, tx_hashes, block_number, settled_at)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, coalesce($10::bigint, $20::bigint), $11, $12, $13, $14, $15, $16, $17,
-    CASE WHEN $18 THEN clock_timestamp() END)
-ON CONFLICT (id) DO UPDATE SET wallet = excluded.wallet, token = excluded.token, amount = excluded.amount,
+INSERT INTO indexer.partner_transfer AS t (id, brand, partner, kind, record_id, wallet, token, amount, amount_text, time_ms, after_ms,
+    undated, status, network, chain_id, tx_hash, tx_hashes, block_number, settled_at)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, coalesce($10::bigint, $20::bigint), CASE WHEN $10::bigint IS NULL THEN $20::bigint END,
+    $11, $12, $13, $14, $15, $16, $17, CASE WHEN $18 THEN clock_timestamp() END)
+ON CONFLICT (id) DO UPDATE SET brand = excluded.brand, token = excluded.token, amount = excluded.amount,
     amount_text = excluded.amount_text, time_ms = coalesce($10::bigint, t.time_ms),
-    undated = t.undated AND $10::bigint IS NULL, status = excluded.status, network = excluded.network,
+    after_ms = CASE WHEN $10::bigint IS NULL THEN t.after_ms END, undated = t.undated AND $10::bigint IS NULL, status = excluded.status, network = excluded.network,
     chain_id = excluded.chain_id, tx_hash = excluded.tx_hash, tx_hashes = excluded.tx_hashes, block_number = excluded.block_number,
     seen_at = clock_timestamp(), settled_at = CASE WHEN $19 THEN t.settled_at ELSE excluded.settled_at END, withdrawn_at = NULL,
     unmatched_look_at = CASE WHEN $19 THEN t.unmatched_look_at ELSE clock_timestamp() END
+WHERE t.brand = excluded.brand OR (t.withdrawn_at IS NOT NULL AND NOT EXISTS (SELECT FROM indexer.claim c WHERE c.evidence_id = t.id))
 """
 
 

@@ -391,7 +391,8 @@ partner_wallet = Table(
 partner_transfer = Table(
     "partner_transfer",
     metadata,
-    Column("id", UUID, primary_key=True),  # model/evidence.py: of partner, account, kind and record
+    # model/evidence.py: of partner, kind, record and wallet, so that two brands that can read one record hold one piece of evidence
+    Column("id", UUID, primary_key=True),
     Column("brand", Text, ForeignKey("brand.name"), nullable=False),
     Column("partner", Text, nullable=False),
     Column("kind", Text, nullable=False),  # 'keyban.mint' | 'keyban.burn' | 'qiibee.credit' | 'qiibee.debit'
@@ -401,6 +402,7 @@ partner_transfer = Table(
     Column("amount", Uint256),  # base units; null: not known (queued, or a fraction without configured decimals)
     Column("amount_text", Text),  # as received
     Column("time_ms", BigInteger),  # the record's own time; null: it has none, and first_seen_at stands for it
+    Column("after_ms", BigInteger),  # where it has no time of its own: time_ms is that of the last look that lacked it
     # without a time of its own and there at the first look at its wallet: settles only by a person's decision
     Column("undated", Boolean, nullable=False, server_default=text("false")),
     # 'pending' (no place on a ledger yet), 'included' (a place, and no word on success), 'succeeded', 'failed' (final: it says so)

@@ -511,6 +511,7 @@ def create_tables() -> None:
     sa.Column('amount', sa.Numeric(precision=78, scale=0), nullable=True),
     sa.Column('amount_text', sa.Text(), nullable=True),
     sa.Column('time_ms', sa.BigInteger(), nullable=True),
+    sa.Column('after_ms', sa.BigInteger(), nullable=True),
     sa.Column('undated', sa.Boolean(), server_default=sa.text('false'), nullable=False),
     sa.Column('status', sa.Text(), nullable=False),
     sa.Column('network', sa.Text(), nullable=True),

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
-from typing import Never
+from typing import Any
 
 import pytest
 
 from indexer.partners.client import Denied, Unavailable
-from indexer.partners.orders import Ledger, Unusable
+from indexer.partners.orders import Ledger
 from indexer.sandbox.partners.keyban import Keyban
 from indexer.sandbox.partners.movement import AT_ONCE, STUCK, Course
-from indexer.store import partners as store
 from indexer.store.database import Database
-from indexer.store.partner_accounts import OpenWallet
+from indexer.store.partner_accounts import Account, OpenWallet
 from tests.partner_office import BRAND, KEY, Time, office
 
 
@@ -136,25 +136,96 @@ async def test_a_record_that_cannot_be_read_any_more_takes_nothing_back(database
     account = partner.open_account()
     async with office(database, partner, time, name="keyban") as desk:
         await desk.register(mint(account.wallet, 10), reference="a")
-        partner.mint(account, 10, AT_ONCE)
+        made = partner.mint(account, 10, AT_ONCE)
         poller = desk.keyban()
         await poller.look(await desk.wallet(account.wallet))
+        before = await desk.transfers()
+        await desk.touched()
+        original = partner._node
+
+        def odd(change: Callable[[dict[str, Any]], object]) -> None:
+            def node(*args: Any) -> dict[str, Any]:
+                found = original(*args)
+                change(found["assetTransfer"])
+                return found
+
+            partner._node = node  # type: ignore[method-assign]
+
+        for change in (
+            lambda transfer: transfer.update(value="12,5 points"),
+            lambda transfer: transfer.update(value={"units": 10}),
+            lambda transfer: transfer["transaction"].update(blockNumber="soon"),
+            lambda transfer: transfer["transaction"].update(success="perhaps"),
+            lambda transfer: transfer["transaction"].update(id=["0x1", "0x2"]),
+            lambda transfer: transfer.update(fromId=None, toId=None),
+        ):
+            odd(change)
+            await poller.look(await desk.wallet(account.wallet))
+            assert await desk.transfers() == before and await desk.touched() == set()
+        assert desk.oddities()["unreadable"] >= 5 and desk.oddities()["quarantined"] == 1
+        assert "unsettled" not in desk.oddities()
+        # what it says plainly counts, whatever else cannot be read
+        made.turned_at = time.now()
+        odd(lambda transfer: transfer.update(value="12,5 points"))
+        await poller.look(await desk.wallet(account.wallet))
+        assert (await desk.transfers())[0]["status"] == "failed"
+
+
+async def test_one_order_to_two_watched_wallets_is_evidence_for_each(database: Database) -> None:
+    time = Time()
+    partner = simulator(time)
+    one, other = partner.open_account(), partner.open_account()
+    async with office(database, partner, time, name="keyban") as desk:
+        for account in (one, other):
+            await desk.register(mint(account.wallet, 10), reference=account.wallet)
+        made = partner.mint(one, 10, AT_ONCE)
+        partner._by_wallet[other.wallet] = [made]
+        original = partner._order
+
+        def order(moved: Any) -> dict[str, Any]:
+            found = original(moved)
+            (node,) = found["orderTransactions"]["nodes"]
+            twin = node["assetTransfer"] | {"toId": other.wallet, "id": "second"}
+            found["orderTransactions"]["nodes"].append({"assetTransfer": twin})
+            return found
+
+        partner._order = order  # type: ignore[method-assign]
+        poller = desk.keyban()
+        for account in (one, other, one):
+            await poller.look(await desk.wallet(account.wallet))
+        found = await desk.transfers()
+        assert {t["wallet"] for t in found} == {one.wallet, other.wallet} and len({t["id"] for t in found}) == 2
+        assert {int(t["amount"]) for t in found} == {10}
+
+
+async def test_what_two_brands_can_read_is_evidence_for_one(database: Database) -> None:
+    time = Time()
+    partner = simulator(time)
+    account = partner.open_account()
+    async with office(database, partner, time, name="keyban") as desk:
+        await desk.register(mint(account.wallet, 10), reference="a")
+        made = partner.mint(account, 10, AT_ONCE)
+        await desk.keyban().look(await desk.wallet(account.wallet))
         (before,) = await desk.transfers()
 
-        await desk.touched()
-        async with desk.desk.writing() as (conn, stored):
-            known = await store.current_records(conn, desk.account, [before["record_id"]])
+        # a second brand reads the same account, whatever the configuration's check has missed
+        rose = Account("rose", "keyban")
+        await database.pool.execute("INSERT INTO indexer.brand (name) VALUES ('rose')")
+        await database.pool.execute("INSERT INTO indexer.partner_account (brand, partner) VALUES ('rose', 'keyban')")
+        desk.desk.account = rose
+        poller = desk.keyban(Ledger("rose", "StellarTestnet"))
+        wallet = OpenWallet(account.wallet, 1, 0.0, 0, None, None, None)
+        for _ in range(3):
+            await poller.look(wallet)
+        assert await desk.transfers() == [before]
+        assert desk.oddities()["foreign"] == 1, "told once"
 
-            def unreadable(*_: object) -> Never:
-                raise Unusable("no direction")
-
-            raw = {"id": before["record_id"], "odd": True}
-            row = desk.desk.record(before["record_id"], raw, known[before["record_id"]], "w", None, None, unreadable)
-            stored += await store.store_records(conn, desk.account, [row])
-        assert not row.readable and stored.unsettled == 0
-        assert (await desk.transfers())[0] == before
-        assert await desk.touched() == set()
-        assert desk.oddities()["quarantined"] == 1
+        # once it is gone from the first brand's account, and nothing stands on it, it may be the second's
+        await database.pool.execute("UPDATE indexer.partner_transfer SET withdrawn_at = now()")
+        await poller.look(wallet)
+        (after,) = await desk.transfers()
+        assert (after["brand"], after["id"], after["withdrawn_at"]) == ("rose", before["id"], None)
+        assert after["record_id"] == made.id
 
 
 @pytest.mark.parametrize(

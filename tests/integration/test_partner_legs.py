@@ -54,7 +54,7 @@ class PartnerWorld(World):
             "wallet": ALICE, "token": None, "amount": 250, "at": 0.0, "undated": False, "status": "succeeded", "stood": 0.0,
             "network": "StellarTestnet" if partner == "keyban" else None, "chain_id": None, "tx": "ab" * 32, "withdrawn": False, "seen": 0.0,
         } | given  # fmt: skip
-        identity = transfer_id(partner, BRAND, kind, record_id, terms["wallet"])
+        identity = transfer_id(partner, kind, record_id, terms["wallet"])
         await self.conn.execute(
             """
             INSERT INTO indexer.partner_transfer AS t (id, brand, partner, kind, record_id, wallet, token, amount, amount_text, time_ms,
@@ -249,7 +249,7 @@ async def test_a_withdrawn_record_unsettles_and_its_return_is_the_next_generatio
             {
                 "provider": "keyban",
                 "recordId": "o1",
-                "evidenceId": str(transfer_id("keyban", BRAND, "keyban.mint", "o1", ALICE)),
+                "evidenceId": str(transfer_id("keyban", "keyban.mint", "o1", ALICE)),
                 "settledAt": instant(round(settled)),
             }
         ]
@@ -329,6 +329,19 @@ async def test_a_record_without_a_time_that_came_later_has_the_time_it_was_first
         await world.record(at=None)
         await world.settle()
         assert await world.state(operation) == "ready"
+
+
+async def test_a_record_without_a_time_at_a_wallet_that_was_seldom_read_is_a_persons_to_decide(owner_dsn: str) -> None:
+    async with world_at(owner_dsn, rules()) as world:
+        operation = await world.register(mint())
+        # made between a look of a week ago and the first that showed it, and nobody knows when
+        record = await world.record(at=-7 * 86_400.0)
+        await world.conn.execute("UPDATE indexer.partner_transfer SET after_ms = time_ms")
+        await world.settle()
+        assert await world.state(operation) == "pending"
+        assert await world.conflicting(operation) == str(record)
+        await world.decide(operation, record, True)
+        assert "operation.ready" in await world.settle()
 
 
 async def test_a_held_tie_waits_for_the_brands_choice(owner_dsn: str) -> None:
@@ -427,6 +440,37 @@ async def test_what_the_chain_refutes_settles_nothing_and_a_latched_chain_waits(
         await world.touch_all()
         await world.settle()
         assert await world.state(operation) == "ready"
+
+
+async def test_orders_that_name_one_transfer_are_one_movement_also_once_it_is_promised(owner_dsn: str) -> None:
+    async with world_at(owner_dsn, rules(Policy(Level.INCLUDED))) as world:
+
+        async def holds(*values: int) -> None:
+            moved = [{"token": "0x70", "from": "0x00", "to": "0xa1", "value": str(value)} for value in values]
+            await world.conn.execute("UPDATE indexer.chain_lookup SET transfer = $1", moved)
+
+        async def settle_the_rest() -> None:
+            await world.conn.execute("DELETE FROM indexer.touched_operation WHERE operation_id = $1", first)
+            await world.settle()
+
+        first = await world.register(mint("0xa1"))
+        place: dict[str, Any] = {"wallet": "0xa1", "network": "BaseSepolia", "chain_id": CHAIN, "tx": hexa(TX)}
+        await world.record("o1", **place)
+        await world.answer(5)
+        await holds(250, 100)
+        assert "operation.ready" in await world.settle()
+        second, sum_of_all = await world.register(mint("0xa1")), await world.register(mint("0xa1", amount="350"))
+        twin = await world.record("o2", **place)
+        await world.record("o3", amount=350, **place)
+        await settle_the_rest()
+        assert [await world.state(each) for each in (first, second, sum_of_all)] == ["ready", "pending", "pending"]
+        with pytest.raises(asyncpg.PostgresError):  # nobody is asked to choose what is taken
+            await world.decide(second, twin, True)
+        # another transfer of as much is in the transaction after all
+        await holds(250, 100, 250)
+        await world.touch_all()
+        await settle_the_rest()
+        assert [await world.state(each) for each in (first, second, sum_of_all)] == ["ready", "ready", "pending"]
 
 
 # --------------------------------------------------------------------------- several legs, hints, failure
@@ -549,7 +593,7 @@ async def test_a_record_that_nothing_claims_is_told_once_it_is_final_and_ten_min
         await world.conn.execute(
             "UPDATE indexer.partner_transfer SET unmatched_look_at = NULL WHERE record_id = 'claimed'"
         )
-        await world.decide(claimed, transfer_id("keyban", BRAND, "keyban.mint", "claimed", ALICE), False)
+        await world.decide(claimed, transfer_id("keyban", "keyban.mint", "claimed", ALICE), False)
         await world.settle()
         assert await told() == 1
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
+from indexer.partners.client import Refused
 from indexer.sandbox.partners.movement import AT_ONCE, Course
 from indexer.sandbox.partners.qiibee import BASE, Qiibee
+from indexer.sandbox.partners.wire import Reply, Request, answer
 from indexer.store.database import Database
 from tests.partner_office import KEY, Time, office
 
@@ -130,3 +134,106 @@ async def test_each_oddity_moves_a_counter_and_takes_nothing_back(database: Data
         assert {t["status"] for t in await desk.transfers()} <= {"succeeded", "pending"}
         await poller.look()
         assert sorted((t["record_id"], t["status"], t["amount"]) for t in await desk.transfers()) == settled
+
+
+async def test_an_event_of_a_type_that_nobody_knows_takes_nothing_back(database: Database) -> None:
+    time = Time()
+    partner = Qiibee(seed=8, clock=time.now, keys=[KEY])
+    user = partner.enrol()
+    async with office(database, partner, time, name="qiibee", base=BASE, header="X-API-KEY") as desk:
+        poller = desk.qiibee()
+        partner.credit(user, 25, AT_ONCE)
+        await poller.look()
+        before = await desk.transfers()
+        original = partner._row
+        for change in (
+            {"loyalty_event_type": "points_v2"},
+            {"amount_received": "twenty-five"},
+            {"tx_hash": ["0x1"]},
+        ):
+            partner._row = lambda each, change=change: original(each) | change  # type: ignore[method-assign, misc]
+            await poller.look()
+            assert await desk.transfers() == before
+        assert "unsettled" not in desk.oddities()
+
+
+async def test_the_first_look_stores_what_it_has_read_and_a_long_history_keeps_nobody_waiting(
+    database: Database,
+) -> None:
+    time = Time()
+    partner = Qiibee(seed=9, clock=time.now, keys=[KEY])
+    user = partner.enrol()
+    async with office(database, partner, time, name="qiibee", base=BASE, header="X-API-KEY") as desk:
+        poller = desk.qiibee()
+        for points, many, ago in ((1, 400, 5 * 86_400), (2, 250, 0)):
+            for number in range(many):
+                at = float(number - many - ago)
+                partner.credit(user, points, Course(at, at, at))
+        original = partner.route
+        offsets: list[str] = []
+
+        def third_fails(request: Request) -> Reply:
+            offsets.append(request.query.get("offset", ""))
+            return original(request) if len(offsets) < 3 else Reply(400, b"{}")
+
+        partner.route = third_fails  # type: ignore[method-assign]
+        with pytest.raises(Refused):
+            await poller.look()
+        assert len(await desk.transfers()) == 190, "two pages, that share ten rows"
+        partner.route = original  # type: ignore[method-assign]
+        asked = len(desk.requests)
+        await poller.look()
+        assert len(desk.requests) - asked == 3, "back to what an open leg can be about"
+        assert len([t for t in await desk.transfers() if t["amount"] == 2]) == 250
+        await poller.look()
+        assert len(desk.requests) - asked == 4
+        time.ahead += 2
+        await poller.sweep_if_due()
+        assert len(await desk.transfers()) == 650
+
+
+async def test_a_row_without_a_time_is_as_old_as_the_last_whole_reading(database: Database) -> None:
+    time = Time()
+    partner = Qiibee(seed=10, clock=time.now, keys=[KEY])
+    user = partner.enrol()
+    async with office(database, partner, time, name="qiibee", base=BASE, header="X-API-KEY") as desk:
+        poller = desk.qiibee()
+        original = partner._row
+        partner._row = lambda each: original(each) | {"inserted_at": None}  # type: ignore[method-assign]
+        first = partner.credit(user, 25, AT_ONCE)
+        await poller.look()
+        time.ahead += 2
+        await poller.sweep_if_due()
+        (swept,) = await desk.rows("SELECT (state -> 'swept_whole')::float8 FROM indexer.partner_account")
+        time.ahead += 2
+        second = partner.credit(user, 25, AT_ONCE)
+        await poller.look()
+        found = {t["record_id"]: t for t in await desk.transfers()}
+        assert found[first.id]["undated"] and found[first.id]["time_ms"] is None
+        assert not found[second.id]["undated"]
+        assert found[second.id]["after_ms"] == found[second.id]["time_ms"] == int(swept[0] * 1000)
+
+
+async def test_a_row_without_an_id_may_be_any_that_is_missing(database: Database) -> None:
+    time = Time()
+    partner = Qiibee(seed=11, clock=time.now, keys=[KEY])
+    user = partner.enrol()
+    async with office(database, partner, time, name="qiibee", base=BASE, header="X-API-KEY") as desk:
+        poller = desk.qiibee()
+        partner.credit(user, 25, AT_ONCE)
+        await poller.look()
+        time.ahead += 2
+        original = partner._history
+
+        def nameless(request: Request) -> Reply:
+            document = original(request).document()
+            document["data"].pop("total_tx_count")
+            for row in document["data"]["transactions"]:
+                del row["id"]
+            return answer(document)
+
+        partner._history = nameless  # type: ignore[method-assign]
+        for _ in range(3):
+            await poller.sweep_if_due()
+        assert [t["withdrawn_at"] for t in await desk.transfers()] == [None]
+        assert desk.oddities()["quarantined"] >= 3 and "missing" not in desk.oddities()

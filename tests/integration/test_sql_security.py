@@ -138,7 +138,7 @@ class Estate:
                 VALUES ($1, $2, $3, $4, $5, $6, $6, 250, '250', extract(epoch FROM clock_timestamp()) * 1000, 'succeeded', 'StellarTestnet',
                     $7, ARRAY[$7], 7, clock_timestamp())
                 """,
-                transfer_id(partner, brand, kind, record, WALLETS[brand]), brand, partner, kind, record, WALLETS[brand], HASHES[brand],
+                transfer_id(partner, kind, record, WALLETS[brand]), brand, partner, kind, record, WALLETS[brand], HASHES[brand],
             )  # fmt: skip
             await conn.execute(
                 "INSERT INTO indexer.partner_record (brand, partner, record_id, version, raw, wallet) VALUES ($1, $2, $3, 1, $4, $5)",
