@@ -24,8 +24,9 @@ from indexer.chain.linkage import FinalityViolation, Reorganised, Unsettled
 from indexer.chain.logs import headers_of
 from indexer.chain.position import Mode, Position
 from indexer.chain.rpc import Rpc
-from indexer.chain.rpc_errors import BeyondHead, RangeTooLarge, RpcError, TooManyAddresses, TooManyResults
+from indexer.chain.rpc_errors import BeyondHead, RpcError
 from indexer.chain.schedule import BASE, check_chain_id
+from indexer.chain.spans import asks_for_less
 from indexer.chain.steps import Gatherer
 from indexer.chain.wire import RawHeader
 from indexer.config import Chain
@@ -209,11 +210,13 @@ class _Follower:
         try:
             poll = await self._rpc.poll(cursor.number, high, wanted)
             raws = poll.logs
-        except (RangeTooLarge, TooManyResults, TooManyAddresses):
-            poll = await self._rpc.poll(cursor.number, high, [])
-            raws = await self._rpc.logs_adaptive(wanted, cursor.number + 1, high)
         except BeyondHead:
             return  # another backend than the one that told its height
+        except RpcError as refusal:
+            if not asks_for_less(refusal):
+                raise
+            poll = await self._rpc.poll(cursor.number, high, [])
+            raws = await self._rpc.logs_adaptive(wanted, cursor.number + 1, high, count=self._count)
         latest = verify_header(poll.latest, self._position.schedule, count=self._count)
         self._latest = latest.number
         if poll.cursor is None or latest.number < cursor.number:

@@ -63,7 +63,7 @@ class Ranges:
         Raises Unsettled where the endpoint shows another block than ours, or none, at the anchor; RpcError, Lie.
         """
         raws: list[RawLog] = []
-        async for part in self._rpc.log_ranges(sorted(asked), low, high, beside=self.anchor.number):
+        async for part in self._rpc.log_ranges(sorted(asked), low, high, beside=self.anchor.number, count=self._count):
             for header in part.beside:
                 self._identify(header)
             raws += part.logs

@@ -15,6 +15,7 @@ from typing import Any, Final, Literal, Self, TypeVar
 
 import msgspec
 
+from indexer.chain.integrity import Count
 from indexer.chain.rpc_errors import (
     Asked,
     BadAnswer,
@@ -58,7 +59,7 @@ class Rpc:
 
     `requests_per_second` paces (each item of a batch counts), `timeout` is in seconds and covers one request from the first
     byte sent to the last byte read, `max_body` in bytes after decompression. `observe(endpoint, method, outcome, seconds)`
-    hears of every request. Every method raises RpcError subclasses and nothing else.
+    hears of every request. Every method raises RpcError subclasses and nothing else; reading ranges, a Lie besides.
     """
 
     def __init__(
@@ -239,19 +240,26 @@ class Rpc:
         to_block: int,
         topics: Topics | None = None,
         beside: int | None = None,
+        count: Count | None = None,
     ) -> LogRange:
         """`async for part in rpc.log_ranges(…)`: the range in parts that this endpoint answers, each complete, in order.
 
         Each part is (from_block, to_block, logs, beside). A part that was given is done; an error leaves the rest unasked.
         `beside` is a height: every request for logs brings its header along, as `logs_beside` does.
         """
-        return LogRange(self, self.limits, addresses, from_block, to_block, topics, beside)
+        return LogRange(self, self.limits, addresses, from_block, to_block, topics, beside, count)
 
     async def logs_adaptive(
-        self, addresses: Sequence[bytes], from_block: int, to_block: int, topics: Topics | None = None
+        self,
+        addresses: Sequence[bytes],
+        from_block: int,
+        to_block: int,
+        topics: Topics | None = None,
+        count: Count | None = None,
     ) -> list[RawLog]:
         """All logs of the range, whatever limits the endpoint has: by parts, and a full block alone by its receipts."""
-        return [log async for part in self.log_ranges(addresses, from_block, to_block, topics) for log in part.logs]
+        parts = self.log_ranges(addresses, from_block, to_block, topics, count=count)
+        return [log async for part in parts for log in part.logs]
 
     # ── asking ────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple, Protocol
 
 import msgspec
 
+from indexer.chain.integrity import Count, logs_of_receipts, verify_header
 from indexer.chain.rpc_errors import (
     BadAnswer,
     BeyondHead,
@@ -23,7 +24,7 @@ from indexer.chain.rpc_errors import (
     Unreachable,
 )
 from indexer.chain.wire import RawHeader, RawLog, RawReceipt
-from indexer.model.types import Hash32, hash32, hex0x
+from indexer.model.types import Hash32, hex0x
 
 Topics = Sequence[Sequence[bytes] | bytes | None]
 
@@ -83,6 +84,12 @@ class SpanLimits:
             self.dense_spans[key] = grown
 
 
+def asks_for_less(refusal: RpcError) -> bool:
+    """Whether the range as it was asked for may be what is refused: in smaller parts it may go through."""
+    heavy = isinstance(refusal, Unreachable) and refusal.kind in (Kind.TIMEOUT, Kind.UNAVAILABLE_OR_RANGE)
+    return heavy or isinstance(refusal, RangeTooLarge | TooManyResults | TooManyAddresses)
+
+
 class Part(NamedTuple):
     """Blocks `from_block` … `to_block`, and all logs in them that the filter lets through, in order of the chain."""
 
@@ -111,7 +118,10 @@ class Asks(Protocol):
 
 
 class LogRange:
-    """A range of blocks, given in parts as large as the endpoint answers. Iterate it once."""
+    """A range of blocks, given in parts as large as the endpoint answers. Iterate it once.
+
+    Raises RpcError, and Lie where the receipts of a block that is too full for one answer are not those of its header.
+    """
 
     def __init__(
         self,
@@ -122,8 +132,9 @@ class LogRange:
         to_block: int,
         topics: Topics | None = None,
         beside: int | None = None,
+        count: Count | None = None,
     ) -> None:
-        self._rpc, self._limits, self._number = rpc, limits, beside
+        self._rpc, self._limits, self._number, self._count = rpc, limits, beside, count
         self._beside: list[RawHeader | None] = []  # of the part at hand
         self._addresses, self._topics = list(addresses), topics
         self._at, self._to = from_block, to_block
@@ -187,9 +198,10 @@ class LogRange:
 
     async def _from_receipts(self) -> list[RawLog]:
         """The logs of the one block at hand, which holds more than the endpoint lets through."""
-        header = await self._rpc.header(self._at)
-        receipts = None if header is None else await self._rpc.receipts(hash32(header.hash))
-        if receipts is None:
+        raw = await self._rpc.header(self._at)
+        header = None if raw is None else verify_header(raw, None, self._at, count=self._count)
+        receipts = None if header is None else await self._rpc.receipts(header.hash)
+        if header is None or receipts is None:
             raise BeyondHead(
                 "it holds no receipts of a block whose logs it found too many",
                 endpoint=self._rpc.name,
@@ -210,8 +222,7 @@ class LogRange:
         ]
         return [
             log
-            for receipt in receipts
-            for log in receipt.logs
+            for log in logs_of_receipts(header, receipts, count=self._count)
             if log.address.lower() in addresses
             and all(
                 choice is None or (at < len(log.topics) and log.topics[at].lower() in choice)

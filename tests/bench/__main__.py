@@ -16,10 +16,11 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import backfill, partners, pull, settlement, webhooks, workers
+from tests.bench import backfill, partners, pull, reorganisations, settlement, webhooks, workers
 
 BENCHES = {
     "backfill": backfill,
+    "reorganisations": reorganisations,
     "settlement": settlement,
     "pull": pull,
     "webhooks": webhooks,
