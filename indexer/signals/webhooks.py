@@ -100,6 +100,7 @@ class Dispatcher:
         self._patience: dict[tuple[str, str], float] = {}
         self._stirred = asyncio.Event()
         self._draining = False
+        self._aside = True  # whether something may wait for a chain in doubt
         self._idle = asyncio.Event()  # nothing is under way, and all that ended is recorded
         self._idle.set()
         self.configure(given)
@@ -122,6 +123,7 @@ class Dispatcher:
         """
         attempts: set[asyncio.Task[None]] = set()
         listener = asyncio.create_task(self._listen(wakeups))
+        self._aside = True
         self._ended.clear()  # of a lease held before: their rows are taken up when their allowance ends
         self._idle.clear()
         try:
@@ -163,7 +165,8 @@ class Dispatcher:
 
     async def _listen(self, wakeups: Wakeups) -> None:
         while True:
-            await wakeups.wait("numbered", self._sweep)
+            # a chain is rid of doubt when its follower has linked a head
+            await wakeups.wait(("numbered", "heads") if self._aside else "numbered", self._sweep)
             self._stirred.set()
 
     async def _turn(self, lease: Lease, attempts: set[asyncio.Task[None]]) -> float:
@@ -176,9 +179,12 @@ class Dispatcher:
         async with lease.transaction() as conn:
             ready = await deliveries.record(conn, ended) if ended else []
             stopped = await endpoints.weigh(conn, ended, self._patience) if ended else []
+            if rooms and self._aside:
+                self._aside = (await deliveries.recall(conn)).waiting
             turn = await deliveries.begin(conn, rooms) if rooms else deliveries.Turn([], [], progress=False)
             if rooms and not turn.progress:
                 due = await deliveries.next_due(conn, rooms)
+        self._aside |= turn.set_aside
         for attempt in turn.attempts:
             line = lines[attempt.brand, attempt.webhook]
             line.busy += 1

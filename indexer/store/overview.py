@@ -121,7 +121,7 @@ _UNSENT = """
         SELECT w.brand, o.created_at FROM indexer.webhook w
         CROSS JOIN LATERAL (
             SELECT d.signal_id FROM indexer.delivery d
-            WHERE d.brand = w.brand AND d.webhook = w.name AND d.state = 'pending' ORDER BY d.sequence LIMIT 1
+            WHERE d.brand = w.brand AND d.webhook = w.name AND d.state = 'pending' AND d.sequence > 0 ORDER BY d.sequence LIMIT 1
         ) first
         JOIN indexer.outbox o ON o.id = first.signal_id -- outbox_id_key
         WHERE w.active AND w.disabled_at IS NULL

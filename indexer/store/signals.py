@@ -31,12 +31,15 @@ MAX_LIST = 1000
 
 
 class Delivery(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
-    """What became of a signal at one endpoint. `next_at`: of the next attempt, or by when the one under way has ended."""
+    """What became of a signal at one endpoint. `next_at`: of the next attempt, or by when the one under way has ended.
+    `awaits`: 'latch:8453' or 'live:8453' while nothing is sent because that chain is in doubt.
+    """
 
     webhook: str
     state: str
     attempts: int
     next_at: datetime | None
+    awaits: str | None
     begun_at: datetime | None
     ended_at: datetime | None
     status: int | None
@@ -262,7 +265,7 @@ async def list_signals(
             SELECT d.signal_id AS id FROM indexer.webhook w
              CROSS JOIN LATERAL (
                SELECT d.signal_id, d.sequence FROM indexer.delivery d
-                WHERE d.brand = w.brand AND d.webhook = w.name AND d.state = 'pending' ORDER BY d.sequence LIMIT $3) d
+                WHERE d.brand = w.brand AND d.webhook = w.name AND d.state = 'pending' AND d.sequence > 0 ORDER BY d.sequence LIMIT $3) d
              WHERE ($1::text IS NULL OR w.brand = $1) AND ($2::text IS NULL OR w.name = $2)
              GROUP BY d.signal_id ORDER BY min(d.sequence) LIMIT $3
             """,
@@ -323,8 +326,8 @@ async def _listed(conn: Connection, ids: Sequence[UUID]) -> list[Listed]:
     deliveries: dict[UUID, list[Delivery]] = {}
     for row in await conn.fetch(
         """
-        SELECT signal_id, webhook, state, attempts, CASE WHEN state = 'pending' THEN next_at END AS next_at, begun_at,
-               ended_at, status, error
+        SELECT signal_id, webhook, state, attempts, CASE WHEN state = 'pending' AND awaits IS NULL THEN next_at END AS next_at, awaits,
+               begun_at, ended_at, status, error
           FROM indexer.delivery WHERE signal_id = ANY ($1::uuid[]) ORDER BY webhook
         """,
         ids,

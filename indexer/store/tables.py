@@ -747,13 +747,29 @@ delivery = Table(
     Column("ended_at", Time),
     Column("status", Integer),  # HTTP status of the last attempt
     Column("error", Text),
+    # 'latch:8453' | 'live:8453': what that chain must be rid of, or be, before this is looked at again; null: time alone decides
+    Column("awaits", Text),
     PrimaryKeyConstraint("brand", "webhook", "signal_id"),
-    Index("delivery_due_idx", "brand", "webhook", "next_at", postgresql_where=text("state = 'pending'")),
+    Index(
+        "delivery_due_idx",
+        "brand",
+        "webhook",
+        "next_at",
+        postgresql_where=text("state = 'pending' AND awaits IS NULL"),
+    ),
+    Index("delivery_awaits_idx", "awaits", postgresql_where=text("awaits IS NOT NULL")),
     Index(
         "delivery_order_idx", "brand", "webhook", "aggregateid", "sequence", postgresql_where=text("state = 'pending'")
     ),
-    # the oldest that waits at an endpoint, and how many do
-    Index("delivery_waiting_idx", "brand", "webhook", "sequence", postgresql_where=text("state = 'pending'")),
+    # the oldest that waits at an endpoint, and how many do. All are above 0: only the queries that this index is meant for say
+    # so, since others would read all that waits by it where the statistics know of nothing pending.
+    Index(
+        "delivery_waiting_idx",
+        "brand",
+        "webhook",
+        "sequence",
+        postgresql_where=text("state = 'pending' AND sequence > 0"),
+    ),
     Index("delivery_signal_idx", "signal_id"),
     # dead letters, what became of the latest deliveries, and which of them are old enough to be forgotten
     Index("delivery_ended_idx", "state", "ended_at", postgresql_where=text("state <> 'pending'")),

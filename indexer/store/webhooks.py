@@ -128,7 +128,7 @@ async def enable_webhook(conn: Connection, brand: str, name: str) -> bool:
         if found is None:
             return False
         await conn.execute(
-            # delivery_due_idx; an attempt under way is left alone. One attempt stays on record: that it was begun matters.
+            # delivery_order_idx; an attempt under way is left alone. One attempt stays on record: that it was begun matters.
             """
             UPDATE indexer.delivery SET attempts = 1, next_at = clock_timestamp()
              WHERE brand = $1 AND webhook = $2 AND state = 'pending' AND attempts > 0 AND ended_at IS NOT NULL
@@ -211,11 +211,11 @@ async def list_webhooks(conn: Connection, brand: str | None = None) -> list[Endp
          CROSS JOIN LATERAL (
            SELECT count(*) FROM (
              SELECT FROM indexer.delivery d
-              WHERE d.brand = w.brand AND d.webhook = w.name AND d.state = 'pending' LIMIT $2) capped) waits
+              WHERE d.brand = w.brand AND d.webhook = w.name AND d.state = 'pending' AND d.sequence > 0 LIMIT $2) capped) waits
           LEFT JOIN LATERAL (
            SELECT o.created_at FROM (
              SELECT d.signal_id FROM indexer.delivery d
-              WHERE d.brand = w.brand AND d.webhook = w.name AND d.state = 'pending' ORDER BY d.sequence LIMIT 1) first
+              WHERE d.brand = w.brand AND d.webhook = w.name AND d.state = 'pending' AND d.sequence > 0 ORDER BY d.sequence LIMIT 1) first
              JOIN indexer.outbox o ON o.id = first.signal_id) oldest ON true
           LEFT JOIN (
            SELECT brand, webhook, count(*) FROM (

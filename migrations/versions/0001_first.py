@@ -149,14 +149,16 @@ def create_tables() -> None:
     sa.Column('ended_at', postgresql.TIMESTAMP(timezone=True), nullable=True),
     sa.Column('status', sa.Integer(), nullable=True),
     sa.Column('error', sa.Text(), nullable=True),
+    sa.Column('awaits', sa.Text(), nullable=True),
     sa.PrimaryKeyConstraint('brand', 'webhook', 'signal_id', name=op.f('delivery_pk')),
     schema='indexer'
     )
-    op.create_index('delivery_due_idx', 'delivery', ['brand', 'webhook', 'next_at'], unique=False, schema='indexer', postgresql_where=sa.text("state = 'pending'"))
+    op.create_index('delivery_awaits_idx', 'delivery', ['awaits'], unique=False, schema='indexer', postgresql_where=sa.text('awaits IS NOT NULL'))
+    op.create_index('delivery_due_idx', 'delivery', ['brand', 'webhook', 'next_at'], unique=False, schema='indexer', postgresql_where=sa.text("state = 'pending' AND awaits IS NULL"))
     op.create_index('delivery_ended_idx', 'delivery', ['state', 'ended_at'], unique=False, schema='indexer', postgresql_where=sa.text("state <> 'pending'"))
     op.create_index('delivery_order_idx', 'delivery', ['brand', 'webhook', 'aggregateid', 'sequence'], unique=False, schema='indexer', postgresql_where=sa.text("state = 'pending'"))
     op.create_index('delivery_signal_idx', 'delivery', ['signal_id'], unique=False, schema='indexer')
-    op.create_index('delivery_waiting_idx', 'delivery', ['brand', 'webhook', 'sequence'], unique=False, schema='indexer', postgresql_where=sa.text("state = 'pending'"))
+    op.create_index('delivery_waiting_idx', 'delivery', ['brand', 'webhook', 'sequence'], unique=False, schema='indexer', postgresql_where=sa.text("state = 'pending' AND sequence > 0"))
     op.create_table('delivery_attempt',
     sa.Column('id', sa.BigInteger(), sa.Identity(always=True), nullable=False),
     sa.Column('brand', sa.Text(), nullable=False),

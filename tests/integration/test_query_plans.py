@@ -431,6 +431,7 @@ async def test_deliveries_begin_and_end(watched: Watched, conn: asyncpg.Connecti
     turn = await deliveries.begin(watched, rooms)  # type: ignore[arg-type]
     assert len(turn.attempts) == 50
     await deliveries.next_due(watched, rooms)  # type: ignore[arg-type]
+    await deliveries.recall(watched)  # type: ignore[arg-type]
     outcomes = [deliveries.Outcome(attempt, "delivered", 200, None) for attempt in turn.attempts]
     assert len(await deliveries.record(watched, outcomes)) == 50  # type: ignore[arg-type]
 

@@ -751,6 +751,67 @@ async def test_no_ready_is_sent_of_a_chain_in_doubt(house: House, doubt: str, se
     assert [request.id for request in house.receiver.requests] == [sent.id, stopped.id]
 
 
+async def test_what_a_chain_in_doubt_holds_back_is_looked_at_once_and_not_lost(house: House) -> None:
+    pool, rooms = house.database.pool, [deliveries.Room("bloom", "shop", 8, 10.0)]
+    await house.configure(house.endpoint())
+    await pool.execute("INSERT INTO indexer.chain (chain_id, name) VALUES (8453, 'base'), (10, 'other')")
+    operations = [uuid4() for _ in range(20)]
+    await pool.executemany(
+        "INSERT INTO indexer.operation (id, brand, reference, request, requested_at, requested_at_stated)"
+        " VALUES ($1, 'bloom', $2, '{}', now(), false)",
+        [(operation, str(operation)) for operation in operations],
+    )
+    await pool.executemany(
+        "INSERT INTO indexer.leg (operation_id, leg, kind, match, chain_id, amount, requested_at)"
+        " VALUES ($1, 0, 'loyfin.redemption', 'nonce', 8453, 1, now())",
+        [(operation,) for operation in operations],
+    )
+    ready = [signal(operation) for operation in operations]
+    await house.send(*ready, *(signal(operation, "fulfilled") for operation in operations[10:]))
+
+    async def looks() -> tuple[list[UUID], list[UUID], float | None]:
+        """Turns until there is nothing to do: what was begun (and taken), what was closed, and when to look again."""
+        begun, closed = [], []
+        async with pool.acquire() as conn:
+            await deliveries.recall(conn)
+            while (turn := await deliveries.begin(conn, rooms)).progress:
+                begun += [attempt.signal_id for attempt in turn.attempts]
+                closed += [entry.signal_id for entry in turn.closed]
+                await deliveries.record(conn, [deliveries.Outcome(a, "delivered", 204, None) for a in turn.attempts])
+            return begun, closed, await deliveries.next_due(conn, rooms)
+
+    async def mark() -> Any:
+        return await pool.fetchval("SELECT array_agg(ctid ORDER BY ctid) FROM indexer.delivery")
+
+    assert await looks() == ([], [], None)
+    before = await mark()
+    assert await looks() == ([], [], None)
+    assert await mark() == before, "what waits for a chain was written to again"
+
+    # what comes new of such an operation is not sent past it, and what takes it back is heard at once
+    taken_back = signal(operations[0], "reverted", supersedes=ready[0])
+    await house.send(taken_back, signal(operations[1], "fulfilled"))
+    assert await looks() == ([], [ready[0].id, taken_back.id], None)
+    async with pool.acquire() as conn:
+        (shown,) = (await signals.list_signals(conn, operation=operations[2])) or ()
+    assert [(one.state, one.awaits, one.next_at) for one in shown.deliveries] == [("pending", "live:8453", None)]
+
+    # the latch holds more back, and its end alone lets no `ready` go
+    await pool.execute("""UPDATE indexer.chain SET latch = '{"ours": 1}', head_at = now() + interval '1 hour'""")
+    assert await looks() == ([], [], None)
+    conflict = signal(operations[0], "conflict")
+    await house.send(conflict)
+    assert await looks() == ([], [], None)
+    await pool.execute("UPDATE indexer.chain SET latch = NULL, head_at = NULL")
+    assert await looks() == ([conflict.id], [], None)
+    await pool.execute("UPDATE indexer.chain SET head_at = now() + interval '1 hour' WHERE chain_id = 8453")
+    begun, closed, due = await looks()
+    assert (len(begun), set(begun) >= {one.id for one in ready[1:]}, closed, due) == (30, True, [], None)
+    assert (
+        await pool.fetchval("SELECT count(*) FROM indexer.delivery WHERE state = 'pending' OR awaits IS NOT NULL") == 0
+    )
+
+
 # --------------------------------------------------------------------------- restarts
 
 
