@@ -21,6 +21,7 @@ from indexer.chain.rpc_errors import MethodMissing, RpcError
 from indexer.chain.wire import RawLog, RawReceipt, exact_bytes, quantity
 from indexer.model.types import Hash32, Header, hex0x
 from indexer.store import lookups as store
+from indexer.store.connection import Connection
 from indexer.store.leases import Lease
 from indexer.store.lookups import AnswerRow, Question
 from indexer.store.wakeups import Wakeups
@@ -43,45 +44,49 @@ async def answer_lookups(
         async with lease.transaction() as conn:
             _, finalized = await store.chain_heights(conn, chain_id)
             open_ones = await store.questions(conn, chain_id, finalized, PAUSE, AT_ONCE)
-        answers: list[AnswerRow] = []
-        failed: list[bytes] = []
-        known = {question.tx_hash: question for question in open_ones}
+        found: list[tuple[Question, AnswerRow]] = []
+        unlearnt: list[bytes] = []  # what is stored of these stays
         for question in open_ones:
             try:
-                found = await _look(rpc, question, finalized, count)
+                answer = await _look(rpc, question, finalized, count)
             except (RpcError, Lie, Unsettled) as error:
                 metrics.lookups.labels(chain, "error").inc()
                 if len(seen) < 100 and (told := f"{type(error).__name__} {error}") not in seen:
                     seen.add(told)
                     log.warning("a transaction could not be looked up", chain=chain, reason=str(error))
-                failed.append(question.tx_hash)
+                unlearnt.append(question.tx_hash)
                 continue
-            metrics.lookups.labels(chain, _outcome(found)).inc()
-            answers.append(found)
+            metrics.lookups.labels(chain, _outcome(answer)).inc()
+            found.append((question, answer))
         changed = 0
-        if answers or failed:
+        if open_ones:
             async with lease.transaction() as conn:
-                for position, found in enumerate(answers):
-                    was = known[found.tx_hash]
-                    if found.block_number is None and was.block_number is not None:
-                        if await store.canonical_hash(conn, chain_id, was.block_number) == was.block_hash:
-                            # the block that it was found in stands: who does not know the transaction is behind
-                            metrics.lookups.labels(chain, "contradicted").inc()
-                            failed.append(found.tx_hash)
-                        continue
-                    ours = None
-                    if found.block_number is not None:
-                        ours = await store.canonical_hash(conn, chain_id, found.block_number)
-                    if ours is not None and ours != found.block_hash:
-                        # the follower holds another block there: one of the two is behind, so nothing is known now
+                answers = []
+                for question, answer in found:
+                    agreed = await _agreed(conn, chain_id, question, answer)
+                    if agreed is not answer:
                         metrics.lookups.labels(chain, "contradicted").inc()
-                        answers[position] = AnswerRow(found.tx_hash)
-                changed = await store.answer(conn, chain_id, [a for a in answers if a.tx_hash not in failed])
-                await store.attempted(conn, chain_id, failed)
+                    if agreed is None:
+                        unlearnt.append(question.tx_hash)
+                    else:
+                        answers.append(agreed)
+                changed = await store.answer(conn, chain_id, answers)
+                await store.attempted(conn, chain_id, unlearnt)
         if changed:
             wakeups.poke("facts")
         if len(open_ones) < AT_ONCE:
             await wakeups.wait(("facts", "heads"), IDLE)
+
+
+async def _agreed(conn: Connection, chain_id: int, question: Question, found: AnswerRow) -> AnswerRow | None:
+    """The answer as far as our follower bears it out: one of the two may be behind. None: nothing was learnt."""
+    held = None
+    if question.block_number is not None:
+        held = await store.canonical_hash(conn, chain_id, question.block_number)
+    if held is not None and held == question.block_hash != found.block_hash:
+        return None  # the block that it was found in stands
+    ours = None if found.block_number is None else await store.canonical_hash(conn, chain_id, found.block_number)
+    return found if ours in (None, found.block_hash) else AnswerRow(found.tx_hash)
 
 
 def _outcome(found: AnswerRow) -> str:
@@ -89,6 +94,17 @@ def _outcome(found: AnswerRow) -> str:
 
 
 async def _look(rpc: Rpc, question: Question, finalized: int, count: Count | None) -> AnswerRow:
+    found = await _found(rpc, question, finalized, count)
+    if found.block_number is None and question.block_number is not None:
+        header = (await headers_of(rpc, [question.block_number], None, count))[0]
+        if header.hash == question.block_hash:
+            raise Unsettled(
+                f"{rpc.name} has block {header.number} and does not know {hex0x(question.tx_hash)} in it now"
+            )
+    return found
+
+
+async def _found(rpc: Rpc, question: Question, finalized: int, count: Count | None) -> AnswerRow:
     tx = Hash32(question.tx_hash)
     receipt = await rpc.receipt(tx)
     if receipt is None or receipt.block_hash is None or receipt.block_number is None:

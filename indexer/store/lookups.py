@@ -46,7 +46,8 @@ async def questions(conn: Connection, chain_id: int, finalized: int, pause: floa
     rows = await conn.fetch(
         """
         SELECT tx_hash, block_number, block_hash FROM indexer.chain_lookup
-        WHERE chain_id = $1 AND NOT final AND (answered_at IS NULL OR block_number <= $2
+        WHERE chain_id = $1 AND NOT final AND (answered_at IS NULL
+            OR (block_number <= $2 AND answered_at < clock_timestamp() - make_interval(secs => $3))
             OR answered_at < clock_timestamp() - least(greatest(make_interval(secs => $3), (answered_at - asked_at) / 10),
                 CASE WHEN block_number IS NULL THEN interval '1 hour' ELSE interval '1 minute' END))
         ORDER BY answered_at NULLS FIRST LIMIT $4

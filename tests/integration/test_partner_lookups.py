@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import asyncpg
 
-from indexer.chain.lookups import TRANSFER, answer_lookups
+from indexer.chain.lookups import AT_ONCE, TRANSFER, answer_lookups
 from indexer.chain.rpc import Rpc
 from indexer.store.database import Database
 from indexer.store.leases import Leases
@@ -72,21 +72,28 @@ async def test_a_transaction_is_looked_up_until_its_block_is_final(database: Dat
             ]
             assert not found["final"] and (await answer(b"\x09" * 32))["block_number"] is None
 
-            # a node that does not know it, while its block stands in our chain, is behind: the answer stays
-            await database.pool.execute(
-                "INSERT INTO indexer.block (chain_id, number, hash, parent_hash, time_ms) VALUES ($1, $2, $3, $3, 0)",
-                chain.chain_id,
-                held.number,
-                held.hash,
-            )
+            # a node that does not know it, while its block stands, is behind: the answer stays, whether we hold that block or not
             node.lie("eth_getTransactionReceipt", lambda _, __: None, times=None)
-            await poke()
+            other = FakeChain(salt=9)
+            other.mine(blocks=held.number)
+            for doubt in ("error", "contradicted"):
+                before = counted(metrics, "loyalty_chain_lookups_total", "outcome").get(doubt, 0)
+                await poke()
 
-            async def doubted() -> bool:
-                return counted(metrics, "loyalty_chain_lookups_total", "outcome").get("contradicted", 0) > 0
+                async def doubted(doubt: str = doubt, before: float = before) -> bool:
+                    return counted(metrics, "loyalty_chain_lookups_total", "outcome").get(doubt, 0) > before
 
-            await eventually(doubted)
-            assert (await answer())["block_hash"] == held.hash
+                await eventually(doubted)
+                assert (await answer())["block_hash"] == held.hash
+                if doubt == "error":
+                    await database.pool.execute(
+                        "INSERT INTO indexer.block (chain_id, number, hash, parent_hash, time_ms) VALUES ($1, $2, $3, $3, 0)",
+                        chain.chain_id,
+                        held.number,
+                        held.hash,
+                    )
+                    # … and has another block there
+                    node.lie("eth_getBlockByNumber", lambda *_: other.header(other.head), times=None)
             node.heal()
             await database.pool.execute("UPDATE indexer.block SET canonical = false")
 
@@ -137,6 +144,57 @@ async def test_a_transaction_is_looked_up_until_its_block_is_final(database: Dat
                 return bool(row["final"] and row["block_hash"] == again.hash)
 
             await eventually(final)
+        finally:
+            running.cancel()
+            with suppress(asyncio.CancelledError):
+                await running
+
+
+async def test_a_transaction_that_nobody_can_look_up_holds_up_no_other(database: Database) -> None:
+    chain = FakeChain()
+    metrics, wakeups = Metrics(), Wakeups()
+    async with FakeNode(chain=chain) as node:
+        bad = [chain.mine([mint(n + 1)]).txs[-1][0] for n in range(AT_ONCE + 5)]
+        good = chain.mine([mint(250)]).txs[-1][0]
+        spoilt = {"0x" + tx.hex(): number for number, tx in enumerate(bad)}
+        odd: list[dict[str, object]] = [
+            {"blockNumber": "0xzz"}, {"blockHash": "0x12"}, {"status": "fine"}, {"logs": [{}]}, {"transactionHash": "0x00"},
+            {"logs": None}, {"blockNumber": hex(2**70)},
+        ]  # fmt: skip
+        node.lie(
+            "eth_getTransactionReceipt",
+            lambda params, true: true | odd[spoilt[params[0]] % len(odd)] if params[0] in spoilt else true,
+            times=None,
+        )
+        node.lie("eth_getBlockReceipts", lambda _, true: [each | {"status": "fine"} for each in true], times=len(bad))
+        await database.pool.execute(
+            "INSERT INTO indexer.chain (chain_id, name, head_number, finalized_number) VALUES ($1, 'fake', 30, 0)",
+            chain.chain_id,
+        )
+        async with database.pool.acquire() as conn:
+            await ask_chain(conn, [(chain.chain_id, tx) for tx in [*bad, good]])
+            # the good one comes last
+            await conn.execute(
+                "UPDATE indexer.chain_lookup SET answered_at = now() - interval '1 h' WHERE tx_hash = $1", good
+            )
+
+        async def run() -> None:
+            async with Rpc(node.url, timeout=5) as rpc, Leases(database, ttl=15).hold("lookups:1") as lease:
+                await answer_lookups("fake", chain.chain_id, rpc, lease, wakeups, metrics=metrics)
+
+        running = asyncio.create_task(run())
+        try:
+
+            async def answered() -> bool:
+                wakeups.poke("heads")
+                return not running.done() and bool(
+                    await database.pool.fetchval(
+                        "SELECT block_hash IS NOT NULL FROM indexer.chain_lookup WHERE tx_hash = $1", good
+                    )
+                )
+
+            await eventually(answered)
+            assert counted(metrics, "loyalty_chain_lookups_total", "outcome")["error"] >= len(odd)
         finally:
             running.cancel()
             with suppress(asyncio.CancelledError):
