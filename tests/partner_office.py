@@ -90,8 +90,10 @@ class Office:
     def outcomes(self) -> dict[str, float]:
         return counted(self.metrics, "loyalty_partner_requests_total", "outcome")
 
-    def keyban(self, ledger: Ledger | None = None, *, sweep_gap: float = 0.0, keep: float = 0.0) -> KeybanPoller:
-        return KeybanPoller(self.desk, ledger or Ledger(BRAND, "StellarTestnet"), 5.0, keep=keep, sweep_gap=sweep_gap)
+    def keyban(
+        self, ledger: Ledger | None = None, *, sweep_gap: float = 0.0, keep: float = 0.0, poll: float = 5.0
+    ) -> KeybanPoller:
+        return KeybanPoller(self.desk, ledger or Ledger(BRAND, "StellarTestnet"), poll, keep=keep, sweep_gap=sweep_gap)
 
     def qiibee(self, settle_after: float = 0.0) -> QiibeePoller:
         return QiibeePoller(self.desk, 10.0, settle_after, WORDS, sweep_every=0.0)

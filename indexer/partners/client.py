@@ -27,6 +27,8 @@ LONGEST_QUIET: Final = 3600.0  # seconds, whatever a Retry-After says
 LONGEST_WAIT: Final = 30.0  # seconds that a request waits for its turn before it says so instead
 BACKOFF: Final = 60.0  # seconds, the longest pause that we choose ourselves
 PROBE: Final = 300.0  # seconds between looks whether a refused key is accepted again
+REFUSALS_SHOWN: Final = 3
+DOUBTS: Final = 3  # subjects refused in a row (403), none answered between: then it is the endpoint that is refused
 
 #: (endpoint, outcome, seconds) of every request.
 Observe = Callable[[str, str, float], None]
@@ -70,7 +72,12 @@ class Refused(PartnerError):
 
 
 class Denied(PartnerError):
-    """401 or 403: the key is not accepted. Nobody asks with it again but for a probe every few minutes."""
+    """401 or 403: the key is not accepted. Nobody asks with it again but for a probe every few minutes.
+
+    `wide`: it means the key or the whole endpoint; else only what was asked about, such as one wallet.
+    """
+
+    wide: bool = True
 
 
 # ------------------------------------------------------------------------------------------------ pace
@@ -83,6 +90,7 @@ class Refusal:
     status: int
     since: float
     probe_at: float
+    wide: bool = True
 
 
 class Credential:
@@ -97,7 +105,8 @@ class Credential:
         self._queue = asyncio.Lock()  # first come, first served
         self._quiet_until = 0.0
         self._failures = 0  # requests in a row that failed for good, or were told to wait
-        self._refused: dict[str, Refusal] = {}  # by endpoint; "" is every one
+        self._refused: dict[str, Refusal] = {}  # by endpoint, "" is every one; by endpoint and subject
+        self._doubted: dict[str, set[str]] = {}  # by endpoint: subjects that were refused since it last worked
 
     @property
     def quiet(self) -> float:
@@ -125,33 +134,40 @@ class Credential:
                 if self._quiet_until <= self._clock.now():  # else somebody was told meanwhile to be quiet
                     return None
 
-    def stopped(self, endpoint: str) -> Refusal | None:
+    def stopped(self, endpoint: str, subject: str = "") -> Refusal | None:
         """The refusal that forbids a request now. The first to ask after `PROBE` seconds is let through."""
         now = self._clock.now()
-        for scope in ("", endpoint):
-            refusal = self._refused.get(scope)
-            if refusal is not None:
-                if now < refusal.probe_at:
-                    return refusal
-                refusal.probe_at = now + PROBE
+        found = [refusal for scope in _scopes(endpoint, subject) if (refusal := self._refused.get(scope)) is not None]
+        for refusal in found:
+            if now < refusal.probe_at:
+                return refusal
+        for refusal in found:
+            refusal.probe_at = now + PROBE
         return None
 
-    def worked(self, endpoint: str) -> bool:
+    def worked(self, endpoint: str, subject: str = "") -> bool:
         """A usable answer. True when the key had been refused before."""
         self._failures = 0
-        was = [self._refused.pop(scope, None) for scope in ("", endpoint)]
+        self._doubted.pop(endpoint, None)
+        was = [self._refused.pop(scope, None) for scope in _scopes(endpoint, subject)]
         return any(was)
 
-    def denied(self, endpoint: str, status: int) -> bool:
-        """True when this is news. 401 speaks of the key, 403 of what it may read."""
-        scope = "" if status == 401 else endpoint
-        if scope:
-            self._refused.pop("", None)  # the key itself is accepted
+    def denied(self, endpoint: str, status: int, subject: str = "") -> bool:
+        """Whether it means more than the subject. 401 speaks of the key, 403 of what it may read: of the subject alone at first, of
+        the endpoint when several in a row are refused."""
         now = self._clock.now()
-        news = scope not in self._refused
-        since = now if news else self._refused[scope].since
-        self._refused[scope] = Refusal(status, since, now + PROBE)
-        return news
+        scopes = [""] if status == 401 else [endpoint]
+        if status != 401:
+            self._refused.pop("", None)  # the key itself is accepted
+            if subject:
+                doubted = self._doubted.setdefault(endpoint, set())
+                doubted.add(subject)
+                scopes = [_scopes(endpoint, subject)[-1]] + ([endpoint] if len(doubted) >= DOUBTS else [])
+        wide = len(scopes) > 1 or not subject or status == 401
+        for scope in scopes:
+            since = self._refused[scope].since if scope in self._refused else now
+            self._refused[scope] = Refusal(status, since, now + PROBE, wide)
+        return wide
 
     def limited(self, retry_after: float | None) -> None:
         """Everyone keeps quiet: as long as was asked for, else longer each time."""
@@ -172,6 +188,10 @@ class Credential:
         return longest * (0.5 + self._rng.random() / 2)
 
 
+def _scopes(endpoint: str, subject: str) -> list[str]:
+    return ["", endpoint, *([f"{endpoint} {subject}"] if subject else [])]
+
+
 # ------------------------------------------------------------------------------------------------ the client
 
 
@@ -183,15 +203,21 @@ class Health:
     kind: str | None = None  # the outcome that the problem is counted by: its words may be others each time
     answered_at: float | None = None  # Unix seconds of the last usable answer
     _refusals: dict[str, tuple[int, str]] = field(default_factory=dict)  # by endpoint ("": every one) the first words
+    _subjects: dict[str, float] = field(default_factory=dict)  # scopes of one subject: when it was refused last
 
     @property
     def refused(self) -> str | None:
-        """What stops the key, or some endpoints of it; the same words for as long as it is the same."""
-        return "; ".join(self._refusals[scope][1] for scope in sorted(self._refusals)) or None
+        """What stops the key, or some of what is asked with it; the same words for as long as it is the same."""
+        shown = sorted(self._refusals)[:REFUSALS_SHOWN]
+        return "; ".join(self._refusals[scope][1] for scope in shown) or None
 
-    def worked(self, endpoint: str, at: float) -> None:
+    def worked(self, endpoint: str, at: float, subject: str = "") -> None:
         self.answered_at = at
-        self._refusals.pop("", None)
+        # a subject that is not asked about any more is not refused for ever
+        gone = [scope for scope, then in self._subjects.items() if at - then > 3 * PROBE]
+        for scope in [*gone, *_scopes(endpoint, subject)]:
+            self._subjects.pop(scope, None)
+            self._refusals.pop(scope, None)
         self.forgive(endpoint)
 
     def forgive(self, endpoint: str) -> None:
@@ -202,14 +228,19 @@ class Health:
     def note(self, problem: str, kind: str) -> None:
         self.problem, self.kind = problem, kind
 
-    def denied(self, endpoint: str, status: int, words: str) -> None:
-        """401 speaks of the key, 403 of one endpoint. What is told again, or by a look that was not taken, is no news."""
+    def denied(self, endpoint: str, error: Denied, subject: str, at: float) -> None:
+        """401 speaks of the key, 403 of one endpoint, or of one subject there. What is told again, or by a look that was not taken,
+        is no news."""
+        status = error.status or 401
         scope = "" if status == 401 else endpoint
+        if not error.wide:
+            scope = _scopes(endpoint, subject)[-1]
+            self._subjects[scope] = at
         if scope:
             self._refusals.pop("", None)  # the key itself is accepted
         if self._refusals.get(scope, (0, ""))[0] != status:
-            self._refusals[scope] = (status, words)
-        self.note(self.refused or words, "denied")
+            self._refusals[scope] = (status, str(error))
+        self.note(self.refused or str(error), "denied")
 
 
 class Client:
@@ -231,15 +262,16 @@ class Client:
         self._exchange, self._clock, self._rng = exchange, clock, rng
         self._observe, self._secrets, self._attempts = observe, secrets, attempts
 
-    async def get(self, endpoint: str, path: str, params: Mapping[str, str] | None = None) -> Any:
-        """The JSON document at `path`; fractions come as Decimal. `endpoint` is a word of ours for metrics.
+    async def get(self, endpoint: str, path: str, params: Mapping[str, str] | None = None, subject: str = "") -> Any:
+        """The JSON document at `path`; fractions come as Decimal. `endpoint` is a word of ours for metrics; `subject` whom the
+        question is about, where a 403 may mean that one alone.
 
         Raises Unavailable, Limited, Refused, Denied.
         """
         attempt = 1
         while True:
             try:
-                document = await self._once(endpoint, path, params or {})
+                document = await self._once(endpoint, path, params or {}, subject)
             except Unavailable:
                 if attempt == self._attempts:
                     self.credential.failed()
@@ -252,11 +284,11 @@ class Client:
                 return document
             attempt += 1
 
-    async def _once(self, endpoint: str, path: str, params: Mapping[str, str]) -> Any:
-        if (refusal := self.credential.stopped(endpoint)) is not None:
-            raise self._noted(
-                Denied(self.who, endpoint, "stopped", "the key was refused and is not used", refusal.status)
-            )
+    async def _once(self, endpoint: str, path: str, params: Mapping[str, str], subject: str) -> Any:
+        if (refusal := self.credential.stopped(endpoint, subject)) is not None:
+            denied = Denied(self.who, endpoint, "stopped", "the key was refused and is not used", refusal.status)
+            denied.wide = refusal.wide
+            raise self._noted(denied, subject)
         if (quiet := await self.credential.turn(endpoint)) is not None:
             limited = Limited(self.who, endpoint, "quiet", f"it asked for quiet, for another {quiet:.0f} s")
             self.health.note("it asked for quiet", limited.outcome)
@@ -264,28 +296,28 @@ class Client:
             raise limited
         started, outcome = self._clock.now(), "cancelled"
         try:
-            document = self._read(endpoint, await self._exchange.get(path, params))
+            document = self._read(endpoint, await self._exchange.get(path, params), subject)
             outcome = "ok"
         except Unanswered as why:
             outcome = why.outcome
-            raise self._noted(Unavailable(self.who, endpoint, outcome, str(why))) from None
+            raise self._noted(Unavailable(self.who, endpoint, outcome, str(why)), subject) from None
         except PartnerError as error:
             outcome = error.outcome
-            raise self._noted(error) from None
+            raise self._noted(error, subject) from None
         finally:
             self._observe(endpoint, outcome, self._clock.now() - started)
-        self.credential.worked(endpoint)
-        self.health.worked(endpoint, self._clock.wall())
+        self.credential.worked(endpoint, subject)
+        self.health.worked(endpoint, self._clock.wall(), subject)
         return document
 
-    def _noted(self, error: PartnerError) -> PartnerError:
+    def _noted(self, error: PartnerError, subject: str) -> PartnerError:
         if isinstance(error, Denied):
-            self.health.denied(error.endpoint, error.status or 401, str(error))
+            self.health.denied(error.endpoint, error, subject, self._clock.wall())
         else:
             self.health.note(str(error), error.outcome)
         return error
 
-    def _read(self, endpoint: str, reply: Reply) -> Any:
+    def _read(self, endpoint: str, reply: Reply, subject: str) -> Any:
         status = reply.status
         if 200 <= status < 300:
             try:
@@ -297,8 +329,11 @@ class Client:
                 ) from None
         said = self._said(reply) or "no words"
         if status in (401, 403):
-            self.credential.denied(endpoint, status)
-            raise Denied(self.who, endpoint, "denied", f"the key is not accepted: {said}", status)
+            wide = self.credential.denied(endpoint, status, subject)
+            what = "the key is not accepted" + ("" if wide else f" for {subject[:80]}")
+            denied = Denied(self.who, endpoint, "denied", f"{what}: {said}", status)
+            denied.wide = wide
+            raise denied
         if status == 429:
             limited = Limited(self.who, endpoint, "rate_limited", said, status)
             limited.retry_after = self._retry_after(reply)

@@ -40,6 +40,7 @@ EMPTY_ALONE: Final = 21_600.0  # … and for so long where there is no other
 REFRESH: Final = 15.0  # seconds between looks at who is waited for, when nothing is heard of
 IDLE_REFRESH: Final = 60.0
 GATHER: Final = 0.25  # seconds that registrations are gathered for, at least
+LEAST_WALKERS: Final = 4
 MOST_WALKERS: Final = 8
 LISTING_AGAIN: Final = 86_400.0  # seconds until a listing without walletId is tried again
 LISTING_FROM: Final = 10  # wallets that must be due for it to be tried at all
@@ -68,7 +69,8 @@ class KeybanPoller:
     async def run(self) -> None:
         """Until cancelled, or until the lease is lost."""
         await self._refresh()
-        walkers = min(MOST_WALKERS, max(2, ceil(self._desk.client.credential.rate)))
+        # several at the lowest pace too: who has many pages is read beside the others, page by page in turn
+        walkers = min(MOST_WALKERS, max(LEAST_WALKERS, ceil(self._desk.client.credential.rate)))
         async with asyncio.TaskGroup() as group:
             group.create_task(self._watch())
             for _ in range(walkers):
@@ -126,7 +128,7 @@ class KeybanPoller:
             await self._trouble(error)
         except (PartnerError, Unusable) as error:
             # an outage is everybody's, and over for all at once; a refusal may be of this wallet alone, and stops no other
-            self._down = self._down or isinstance(error, Unavailable)
+            self._down = self._down or isinstance(error, Unavailable) or _wide(error)
             self.schedule.failed(wallet, desk.clock.now())
             await self._trouble(error)
         else:
@@ -156,8 +158,11 @@ class KeybanPoller:
         try:
             await self.look(wallet)
         except (PartnerError, Unusable) as error:
-            if isinstance(error, Limited | Denied | Unavailable):
+            if isinstance(error, Limited | Unavailable) or _wide(error):
                 self._idle.clear()
+            else:
+                async with desk.lease.transaction() as conn:
+                    await accounts.put_off(conn, desk.account, wallet.wallet)
             await self._trouble(error)
         return True
 
@@ -169,7 +174,7 @@ class KeybanPoller:
         await desk.note_health()
         if isinstance(error, Limited) and error.retry_after is not None:
             await desk.clock.sleep(min(error.retry_after, REFRESH))
-        elif isinstance(error, Denied):
+        elif _wide(error):
             await desk.clock.sleep(REFRESH)
 
     # ---------------------------------------------------------------- one wallet
@@ -194,16 +199,16 @@ class KeybanPoller:
                 )
 
         async def fetch(page: int, size: int) -> Page:
-            return await self._page("orders", {"walletId": wallet.wallet}, page, size)
+            return await self._page("orders", {"walletId": wallet.wallet}, page, size, wallet.wallet)
 
         walk = await self._walker.walk(fetch, enough)
         self._count_walk(walk)
         await self._store(wallet, walk, began)
 
-    async def _page(self, endpoint: str, params: dict[str, str], page: int, size: int) -> Page:
+    async def _page(self, endpoint: str, params: dict[str, str], page: int, size: int, subject: str = "") -> Page:
         params = params | {"currentPage": str(page), "pageSize": str(size)}
         drift = Drift()
-        found = page_of(await self._desk.client.get(endpoint, "/v1/loyalty/orders", params), drift)
+        found = page_of(await self._desk.client.get(endpoint, "/v1/loyalty/orders", params, subject), drift)
         self._desk.count_drift(drift)
         return found
 
@@ -359,6 +364,10 @@ class KeybanPoller:
             else:
                 self.schedule.put_back(wallet)
             await asyncio.sleep(0)
+
+
+def _wide(error: PartnerError | Unusable) -> bool:
+    return isinstance(error, Denied) and error.wide
 
 
 def _new(wallet: str) -> OpenWallet:

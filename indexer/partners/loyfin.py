@@ -25,7 +25,7 @@ from indexer.store.partner_hints import HintRow, OwnEvent
 from indexer.store.partners import RecordRow
 
 LIMIT: Final = 100
-MOST_PAGES: Final = 50  # of one listing in one look
+PAGES: Final = 20  # of one listing in one look; where it is longer, the next look goes on from there
 STATUSES: Final = ("submitted", "rejected", "cancelled")
 WAIT: Final = 15.0
 CHECKED_AT_ONCE: Final = 10  # receipts compared in one look
@@ -148,6 +148,7 @@ class LoyfinPoller:
         self._newest: float | None = None
         self._filtered = True  # until the API refuses the status parameter
         self._failures = 0
+        self._behind: dict[str, str] = {}  # of listings that are longer than one look reads: where it goes on
 
     async def run(self) -> None:
         """Until cancelled, or until the lease is lost."""
@@ -155,26 +156,29 @@ class LoyfinPoller:
         while True:
             await self._refresh()
             wait = self._pause()
-            try:
-                if self._newest is not None:
-                    await self.look()
-                await self.cross_check()
-                self._failures = 0
-            except (PartnerError, Unusable) as error:
-                self._failures += 1
-                if isinstance(error, Unusable):
-                    desk.quarantine(str(error))
-                    desk.client.health.note(str(error), "unusable")
-                if isinstance(error, Limited) and error.retry_after is not None:
-                    wait = error.retry_after
-                elif isinstance(error, Denied):
-                    wait = WAIT
+            failed = False
+            for part in (self.look, self.cross_check) if self._newest is not None else (self.cross_check,):
+                try:
+                    await part()
+                except (PartnerError, Unusable) as error:
+                    failed = True
+                    self._note(error)
+                    if isinstance(error, Limited) and error.retry_after is not None:
+                        wait = max(wait, error.retry_after)
+                    elif isinstance(error, Denied):
+                        wait = max(wait, WAIT)
+            self._failures = self._failures + 1 if failed else 0
             await desk.note_health()
-            due = desk.clock.now() + min(SLOWEST, wait * 2 ** min(self._failures, 6))
+            due = desk.clock.now() + min(max(SLOWEST, wait), wait * 2 ** min(self._failures, 6))
             earliest = desk.clock.now() + self._poll
             while (left := due - desk.clock.now()) > 0:
                 if await desk.wakeups.wait("registered", min(left, WAIT)) and not self._failures:
                     due = min(due, max(earliest, desk.clock.now()))
+
+    def _note(self, error: PartnerError | Unusable) -> None:
+        if isinstance(error, Unusable):
+            self._desk.quarantine(str(error))
+            self._desk.client.health.note(str(error), "unusable")
 
     def _pause(self) -> float:
         if self._newest is None:
@@ -191,34 +195,68 @@ class LoyfinPoller:
     # ---------------------------------------------------------------- hints
 
     async def look(self) -> None:
-        """Hints about the brand's actions into the store. Raises PartnerError, Unusable."""
+        """Hints about the brand's actions into the store. Raises PartnerError, Unusable; what is refused for one issuer is so after
+        the others were read."""
+        refused: PartnerError | Unusable | None = None
         for issuer in sorted(self._issuers):
-            if self._filtered:
-                try:
-                    for status in STATUSES:
-                        await self._listing({"issuer": hex0x(issuer), "status": status})
-                    continue
-                except Refused as refusal:
-                    if refusal.status not in (400, 422):
-                        raise
-                    self._filtered = False
-            await self._listing({"issuer": hex0x(issuer)})
+            try:
+                await self._look_at(hex0x(issuer))
+            except (Refused, Unusable, Denied) as error:
+                if isinstance(error, Denied) and error.wide:
+                    raise
+                self._note(error)
+                refused = error
+        if refused is not None:
+            raise refused
 
-    async def _listing(self, question: dict[str, str]) -> None:
-        """Every page, stored as it comes: hints have no order that matters."""
-        cursor, seen = None, set[str]()
-        for _ in range(MOST_PAGES):
-            params = question | {"limit": str(LIMIT)} | ({"cursor": cursor} if cursor else {})
-            page = page_of(await self._desk.client.get("operations", "/operations", params))
-            await self._store(page.rows)
-            if page.next is None or page.next in seen or not page.rows:
-                if page.next in seen:
-                    self._desk.count("page_drift")
+    async def _look_at(self, issuer: str) -> None:
+        if self._filtered:
+            try:
+                for status in STATUSES:
+                    await self._listing(issuer, {"issuer": issuer, "status": status})
                 return
-            seen.add(page.next)
-            cursor = page.next
+            except Refused as refusal:
+                if refusal.status not in (400, 422):
+                    raise
+                self._filtered = False
+        await self._listing(issuer, {"issuer": issuer})
 
-    async def _store(self, rows: Sequence[Any]) -> None:
+    async def _listing(self, issuer: str, question: dict[str, str]) -> None:
+        """Its first pages, as far as they tell anything new, and the next ones of those behind: in whatever order rows come, none is
+        passed over, and a long listing holds up nobody. Stored as they come: hints have no order that matters."""
+        key = "&".join(question.values())
+        behind = self._behind.pop(key, None)
+        cursor = await self._pages(issuer, question, None, only_news=behind is not None)
+        if behind is not None:
+            try:
+                cursor = await self._pages(issuer, question, behind)
+            except Refused:  # a cursor that is not good any more: from the beginning again
+                self._desk.count("page_drift")
+                cursor = None
+        if cursor is not None:
+            self._behind[key] = cursor
+
+    async def _pages(
+        self, issuer: str, question: dict[str, str], cursor: str | None, *, only_news: bool = False
+    ) -> str | None:
+        """At most `PAGES` from a cursor on. Answers where it goes on; None: that was the end."""
+        seen = {cursor}
+        for _ in range(PAGES):
+            params = question | {"limit": str(LIMIT)} | ({"cursor": cursor} if cursor else {})
+            page = page_of(await self._desk.client.get("operations", "/operations", params, issuer))
+            news = await self._store(page.rows)
+            if page.next is None or page.next in seen or not page.rows:
+                if page.next in seen and page.next is not None:
+                    self._desk.count("page_drift")
+                return None
+            cursor = page.next
+            seen.add(cursor)
+            if only_news and not news:
+                break
+        return cursor
+
+    async def _store(self, rows: Sequence[Any]) -> bool:
+        """Whether any of them says something new."""
         desk, drift = self._desk, Drift()
         found: dict[str, tuple[HintRow, Any]] = {}
         for row in rows:
@@ -253,6 +291,7 @@ class LoyfinPoller:
             desk.wakeups.poke("facts")
         if news:
             desk.count_drift(drift)
+        return bool(news)
 
     # ---------------------------------------------------------------- the cross-check
 
@@ -269,7 +308,11 @@ class LoyfinPoller:
         for kind, operation_hash in hashes:
             endpoint = "issuances" if kind == "loyfin.issuance" else "redemptions"
             params = {"operationHash": hex0x(operation_hash), "limit": str(LIMIT)}
-            page = page_of(await desk.client.get(endpoint, f"/{endpoint}", params))
+            try:
+                page = page_of(await desk.client.get(endpoint, f"/{endpoint}", params))
+            except (Refused, Unusable) as error:  # this one cannot be compared; the others can
+                self._note(error)
+                continue
             async with desk.lease.transaction() as conn:
                 ours = await hints.own_events(conn, sorted(self._issuers), operation_hash)
             told += differences(kind, page.rows, ours, self._issuers)

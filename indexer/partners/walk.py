@@ -16,6 +16,7 @@ from indexer.partners.orders import Page, Unusable, order_id
 LARGEST: Final = 100  # rows of a page that is asked for
 SMALLEST: Final = 10  # what is asked for instead where that is refused
 WALKS: Final = 3  # of one listing that keeps moving; then what was read counts, and the listing as incomplete
+SHORT: Final = 10  # pages of a listing that is walked again at once: a longer one waits for its next turn, as others wait for theirs
 MOST_PAGES: Final = 10_000
 _CAPS: Final = frozenset({10, 20, 25, 30, 40, 50})  # a page of exactly so many rows may be cut short by the server
 
@@ -53,22 +54,25 @@ class Walker:
             if walk.moved == before:
                 walk.complete = ended and not walk.unusable  # what could not be read has not gone
                 break
+            if walk.pages > SHORT:
+                break
         return walk
 
     async def _once(self, fetch: Fetch, walk: Walk, enough: Callable[[Walk, int | None], bool] | None) -> bool:
-        """One walk from page one; True when it came to the end of the listing."""
+        """One walk from page one, to the end also of a listing that moves meanwhile; True when it came there."""
         seen: dict[str, int] = {}
         first: list[str] = []
         total: int | None = None
+        grew = False
         walk.unusable.clear()  # of a walk before
         for number in range(1, MOST_PAGES + 1):
             page = await self._fetch(fetch, number)
             walk.pages += 1
             if total is None:
                 total = walk.total = page.total
-            elif page.total not in (None, total):
+            elif page.total not in (None, total) and not grew:
+                grew = True
                 walk.moved += 1
-                return False
             fresh = 0
             ids: list[str] = []
             for row in page.rows:

@@ -172,3 +172,17 @@ async def looked(
         news,
         IDLE_SECONDS,
     )
+
+
+async def put_off(conn: Connection, account: Account, wallet: str) -> None:
+    """A wallet with nothing open could not be looked at: others first, it again as if it had been."""
+    await conn.execute(
+        """
+        UPDATE indexer.partner_wallet SET next_look_at = clock_timestamp() + make_interval(secs => $4)
+        WHERE brand = $1 AND partner = $2 AND wallet = $3
+        """,
+        account.brand,
+        account.partner,
+        wallet,
+        IDLE_SECONDS,
+    )

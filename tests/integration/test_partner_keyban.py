@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from indexer.partners.client import Denied, Unavailable
+from indexer.partners.client import DOUBTS, PROBE, Denied, Unavailable
 from indexer.partners.orders import Ledger
 from indexer.sandbox.partners.keyban import Keyban
 from indexer.sandbox.partners.movement import AT_ONCE, STUCK, Course
+from indexer.sandbox.partners.wire import Reply, Request, answer
 from indexer.store.database import Database
 from indexer.store.partner_accounts import Account, OpenWallet
-from tests.partner_office import BRAND, KEY, Time, office
+from tests.partner_office import BRAND, KEY, Office, Time, office
 
 
 def simulator(time: Time, **given: object) -> Keyban:
@@ -357,6 +358,129 @@ async def test_a_poller_finds_what_is_registered_while_it_runs(database: Databas
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
+
+
+async def _settles(desk: Office, wallets: int, within: float = 20.0) -> None:
+    """Waits until so many wallets have evidence that counts."""
+    async with asyncio.timeout(within):
+        while len({t["wallet"] for t in await desk.transfers() if t["status"] == "succeeded"}) < wallets:
+            desk.desk.wakeups.poke("registered")
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("status", [403, 404])
+async def test_a_wallet_that_is_refused_holds_up_no_other(database: Database, status: int) -> None:
+    time = Time()
+    partner = simulator(time)
+    partner.needs_wallet = True
+    accounts = [partner.open_account() for _ in range(12)]
+    refused = {account.wallet for account in accounts[:2]}
+    async with office(database, partner, time, name="keyban") as desk:
+        original = partner._orders
+
+        def orders(request: Request) -> Reply:
+            if request.query.get("walletId") in refused:
+                return answer({"title": "No", "status": status, "detail": "not this one"}, status)
+            return original(request)
+
+        partner._orders = orders  # type: ignore[method-assign]
+        for account in accounts:
+            partner.mint(account, 10, AT_ONCE)
+            await desk.register(mint(account.wallet, 10), reference=account.wallet)
+        started = desk.desk.clock.now()
+        running = asyncio.create_task(desk.keyban(poll=0.2).run())
+        try:
+            await _settles(desk, 10)
+            assert desk.desk.clock.now() - started < 10, "nobody waits for a probe"
+            (shown,) = await desk.rows("SELECT problem, stopped_reason FROM indexer.partner_account")
+            if status == 403:  # it is told all the same, and not forgotten with the next good answer
+                assert sorted(refused)[0] in shown["stopped_reason"] and shown["problem"] == shown["stopped_reason"]
+            else:
+                assert shown["stopped_reason"] is None
+            # the door opens again: nobody has to be asked to look
+            refused.clear()
+            time.ahead += 400
+            await _settles(desk, 12)
+            await desk.desk.note_health()
+            assert (await desk.rows("SELECT stopped_reason FROM indexer.partner_account"))[0][0] is None
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_an_endpoint_that_refuses_everybody_is_asked_by_nobody(database: Database) -> None:
+    time = Time()
+    partner = simulator(time)
+    accounts = [partner.open_account() for _ in range(12)]
+    async with office(database, partner, time, name="keyban") as desk:
+        for account in accounts:
+            await desk.register(mint(account.wallet, 10), reference=account.wallet)
+        poller = desk.keyban()
+        partner.weather.begin("forbidden")
+        for account in accounts:
+            with pytest.raises(Denied):
+                await poller.look(await desk.wallet(account.wallet))
+        assert desk.outcomes() == {"denied": DOUBTS}
+        partner.weather.end()
+        time.ahead += PROBE + 1
+        for account in accounts:
+            await poller.look(await desk.wallet(account.wallet))
+        assert desk.desk.client.health.refused is None
+
+
+async def test_listings_that_grow_while_they_are_read_starve_nobody(database: Database) -> None:
+    time = Time()
+    partner = simulator(time)
+    growing = [partner.open_account() for _ in range(3)]
+    others = [partner.open_account() for _ in range(12)]
+    async with office(database, partner, time, name="keyban") as desk:
+        for account in growing:
+            for _ in range(1_100):
+                partner.mint(account, 7, AT_ONCE)
+        original = partner._orders
+
+        def orders(request: Request) -> Reply:
+            wallet = request.query.get("walletId")
+            for account in growing:
+                if wallet in (None, account.wallet):
+                    partner.mint(account, 7, AT_ONCE)
+            return original(request)
+
+        partner._orders = orders  # type: ignore[method-assign]
+        for account in [*growing, *others]:
+            await desk.register(mint(account.wallet, 7), reference=account.wallet)
+        for account in others:
+            partner.mint(account, 7, AT_ONCE)
+        running = asyncio.create_task(desk.keyban(poll=0.2).run())
+        try:
+            await _settles(desk, len(growing) + len(others))
+            # three of twelve pages, read once; the others go between
+            assert len(desk.requests) < 100
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_wallets_at_rest_that_cannot_be_read_go_behind_the_others(database: Database) -> None:
+    time = Time()
+    partner = simulator(time)
+    accounts = [partner.open_account() for _ in range(3)]
+    async with office(database, partner, time, name="keyban") as desk:
+        for account in accounts:
+            await database.pool.execute(
+                "INSERT INTO indexer.partner_wallet (brand, partner, wallet, first_look_at, last_look_at, next_look_at)"
+                " VALUES ($1, 'keyban', $2, now(), now(), now() - interval '1 day')",
+                BRAND,
+                account.wallet,
+            )
+        original = partner._orders
+        partner._orders = lambda request: (  # type: ignore[method-assign]
+            answer({}, 404) if request.query["walletId"] == accounts[0].wallet else original(request)
+        )
+        poller = desk.keyban()
+        while await poller._look_at_idle():
+            pass
+        assert await database.pool.fetchval("SELECT min(next_look_at) > now() FROM indexer.partner_wallet")
 
 
 async def test_unavailable_says_what_came_instead(database: Database) -> None:

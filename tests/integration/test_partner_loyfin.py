@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import random
 
+import pytest
+
 from indexer.model.types import Address
-from indexer.partners.loyfin import LoyfinPoller
+from indexer.partners import loyfin
+from indexer.partners.client import Refused
+from indexer.partners.loyfin import LIMIT, LoyfinPoller
 from indexer.sandbox.partners.loyfin import LoyfinApi, Mined
+from indexer.sandbox.partners.wire import Reply, Request, answer
 from indexer.store.database import Database
 from tests.partner_office import BRAND, Time, office
 from tests.world import ISSUER, World, hexa
@@ -61,3 +66,78 @@ async def test_hints_come_and_go_and_differences_are_shown(database: Database, d
         assert "block 77 in the API, 5 on the chain" in state["differences"][0]["what"]
         await poller.cross_check()
         assert desk.oddities()["difference"] == 1  # each is told once
+
+
+async def test_hints_behind_any_number_of_pages_are_read_and_new_ones_at_once(
+    database: Database, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loyfin, "PAGES", 2)
+    time = Time()
+    api = LoyfinApi(seed=2, clock=time.now)
+    async with World.at(dsn) as world, office(database, api, time, name="loyfin") as desk:
+        rng = random.Random(1)
+
+        def refused() -> str:
+            leg = world.leg(nonce=hexa(rng.randbytes(32)))
+            stored = api.store("redemption", action(leg), "0x5157")[0]
+            api.ended(stored, "rejected")
+            return stored.moved.id
+
+        async def known() -> set[str]:
+            return {row[0] for row in await desk.rows("SELECT record_id FROM indexer.partner_hint")}
+
+        poller = LoyfinPoller(desk.desk, [Address(ISSUER)], 15.0)
+        for newest_first in (True, False):
+            api.newest_first = newest_first
+            made = {refused() for _ in range(3 * LIMIT)}
+            for _ in range(4):
+                await poller.look()
+            assert made <= await known()
+        # what comes while the long listing is still being read is not kept waiting
+        api.newest_first = True
+        await poller.look()
+        asked = len(desk.requests)
+        late = refused()
+        await poller.look()
+        assert late in await known() and len(desk.requests) - asked <= 2 * 2 + 2
+        # a cursor that is not good any more costs a round, and loses nothing
+        poller._behind = dict.fromkeys(poller._behind or {"x": ""}, "nonsense")
+        await poller.look()
+        await poller.look()
+        assert made <= await known()
+
+
+async def test_an_issuer_or_a_receipt_that_is_refused_holds_up_no_other(database: Database, dsn: str) -> None:
+    time = Time()
+    api = LoyfinApi(seed=2, clock=time.now)
+    async with World.at(dsn) as world, office(database, api, time, name="loyfin") as desk:
+        rng = random.Random(1)
+        legs = [world.leg(nonce=hexa(rng.randbytes(32)), operationHash=hexa(rng.randbytes(32))) for _ in range(2)]
+        stored = [api.store("redemption", action(leg), "0x5157")[0] for leg in legs]
+        for each in stored:
+            api.ended(each, "rejected")
+        first, original = Address(b"\x00" * 20), api.route
+        bad = {legs[0]["operationHash"], "0x" + bytes(first).hex()}
+
+        def route(request: Request) -> Reply:
+            return answer({"error": "gone"}, 404) if bad & set(request.query.values()) else original(request)
+
+        api.route = route  # type: ignore[method-assign]
+        poller = LoyfinPoller(desk.desk, [first, Address(ISSUER)], 15.0)
+        with pytest.raises(Refused):
+            await poller.look()
+        assert len(await desk.rows("SELECT FROM indexer.partner_hint")) == 2
+
+        for number, leg in enumerate(legs):
+            await world.register(leg, reference=f"r{number}")
+            await world.event(5 + number, leg)
+        await world.heads(head=9, safe=9, finalized=9)
+        assert (await world.settle()).count("operation.ready") == 2
+        await database.pool.execute("UPDATE indexer.outbox SET sequence = position WHERE brand = $1", BRAND)
+        for number, each in enumerate(stored):
+            api.mined(each, Mined("0x" + "0b" * 32, 77, number, "0x" + "70" * 20))
+        await poller.cross_check()
+        assert desk.oddities()["difference"] >= 1
+        asked = len(desk.requests)
+        await poller.cross_check()
+        assert len(desk.requests) == asked, "the refused one is not asked for ever"
