@@ -459,6 +459,7 @@ class FakeNode:
     max_results: int | None = None
     max_batch: int | None = None
     max_addresses: int | None = None
+    max_rate: int | None = None  # calls in any second; the rest is refused with status 429
     beyond_head: str = "error"  # or "empty", as proxyd answers
     missing_tag: str = "null"  # or "-32000", "-32001", "-39001": how an unset safe or finalized is answered
     batch_lie: Callable[[list[Any]], Any] | None = None  # the list of answers → what is sent
@@ -474,6 +475,8 @@ class FakeNode:
         self.requests = 0
         self.asked: deque[tuple[str, list[Any]]] = deque(maxlen=10_000)
         self.batches: deque[int] = deque(maxlen=10_000)  # sizes
+        self.limited = 0  # requests that were refused for being too many
+        self._taken: deque[float] = deque()
         self.answering = self.answering_most = 0
         self.sockets: set[web.WebSocketResponse] = set()
         self._heads: dict[web.WebSocketResponse, asyncio.Queue[bytes]] = {}
@@ -759,9 +762,22 @@ class FakeNode:
         finally:
             self.answering -= 1
 
+    def _takes(self, calls: int) -> bool:
+        now = asyncio.get_running_loop().time()
+        while self._taken and self._taken[0] < now - 1:
+            self._taken.popleft()
+        if self.max_rate is not None and len(self._taken) + calls > self.max_rate:
+            return False
+        self._taken.extend([now] * calls)
+        return True
+
     async def _post(self, request: web.Request) -> web.StreamResponse:
         asked = msgspec.json.decode(await request.read())
         calls = asked if isinstance(asked, list) else [asked]
+        if not self._takes(len(calls)):
+            self.limited += 1
+            error = {"code": -32016, "message": "over rate limit"}
+            return web.json_response({"jsonrpc": "2.0", "id": None, "error": error}, status=429)
         acts = [
             fault.transport
             for call in calls

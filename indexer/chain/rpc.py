@@ -57,7 +57,7 @@ class Poll(msgspec.Struct, frozen=True):
 class Rpc:
     """One endpoint. `url` may hold a key and is never shown; `name` is what is shown instead (default: its host).
 
-    `requests_per_second` paces (each item of a batch counts), `timeout` is in seconds and covers one request from the first
+    `requests_per_second` paces (each item of a batch counts; less where the endpoint says that it is too much), `timeout` is in seconds and covers one request from the first
     byte sent to the last byte read, `max_body` in bytes after decompression. `observe(endpoint, method, outcome, seconds)`
     hears of every request. Every method raises RpcError subclasses and nothing else; reading ranges, a Lie besides.
     """
@@ -135,7 +135,7 @@ class Rpc:
         found: list[RawHeader | None] = []
         start = 0
         while start < len(numbers):
-            part = numbers[start : start + self.limits.max_batch]
+            part = numbers[start : start + self._batch_size]
             calls = [_header_call(number) for number in part]
             for number, call, answer in zip(part, calls, await self._batch(calls), strict=True):
                 found.append(self._checked_header(call, number, answer))
@@ -267,7 +267,7 @@ class Rpc:
         """An answer or an RpcError for each call, in their order; smaller batches, or none, where the node wants it."""
         answers: list[Any] = []
         while len(answers) < len(calls):
-            size = min(self.limits.max_batch, len(calls) - len(answers))
+            size = min(self._batch_size, len(calls) - len(answers))
             part = calls[len(answers) : len(answers) + size]
             if size == 1 or not self.limits.batching:
                 answers += await self._apart(part)
@@ -293,6 +293,10 @@ class Rpc:
             found = iter(await self._apart(lost))
             answers += [next(found) if answer is Transport.MISSING else answer for answer in got]
         return answers
+
+    @property
+    def _batch_size(self) -> int:
+        return min(self.limits.max_batch, self._transport.pace.at_once or self.limits.max_batch)
 
     async def _apart(self, calls: Sequence[Call[Any]]) -> list[Any]:
         """As `_batch`, in requests of one call."""

@@ -18,6 +18,7 @@ from indexer.chain.rpc_errors import (
     BeyondHead,
     Kind,
     RangeTooLarge,
+    RateLimited,
     RpcError,
     TooManyAddresses,
     TooManyResults,
@@ -28,7 +29,7 @@ from indexer.model.types import Hash32, hex0x
 
 Topics = Sequence[Sequence[bytes] | bytes | None]
 
-PATIENCE: Final = 2  # time-outs in a row that are taken for a range too heavy, before they are taken for a sick node
+PATIENCE: Final = 2  # time-outs in a row that are taken for a range too heavy, before they are taken for a sick node; refusals in a row
 
 
 class Learned(msgspec.Struct, frozen=True):
@@ -140,7 +141,7 @@ class LogRange:
         self._at, self._to = from_block, to_block
         # density is a matter of the filter: programmes come one by one, so lists of similar length share what was learnt
         self._key = f"{len(self._addresses).bit_length()}{'' if topics is None else 't'}"
-        self._timeouts = 0
+        self._timeouts = self._limited = 0
 
     def __aiter__(self) -> AsyncIterator[Part]:
         return self._parts()
@@ -158,7 +159,7 @@ class LogRange:
                 logs = await self._from_receipts()
             else:
                 self._limits.went_through(self._key, last - self._at + 1)
-            self._timeouts = 0
+            self._timeouts = self._limited = 0
             part = Part(self._at, last, logs, tuple(self._beside))
             self._at = last + 1
             yield part
@@ -193,6 +194,10 @@ class LogRange:
             case Unreachable(kind=Kind.TIMEOUT | Kind.UNAVAILABLE_OR_RANGE) if asked > 1 and self._timeouts < PATIENCE:
                 self._timeouts += 1
                 self._limits.too_full(self._key, asked, None)
+            case RateLimited() if self._limited < PATIENCE:
+                self._limited += (
+                    1  # the same again: the transport waits as long as the endpoint wants, at a slower pace
+                )
             case _:
                 raise refusal
 

@@ -1,6 +1,6 @@
 """JSON-RPC over HTTP to one endpoint: requests out, answers matched to them by id, everything else a named error.
 
-It paces, bounds how many requests are under way and how large a body may grow, and keeps quiet for as long as the endpoint
+It paces (`pacing.py`), bounds how many requests are under way and how large a body may grow, and keeps quiet for as long as the endpoint
 asks. It follows no redirect, uses no proxy from the environment, and lets no exception through that could show the URL.
 """
 
@@ -21,9 +21,9 @@ from typing import Any, ClassVar, Final, Generic, TypeVar, cast
 
 import aiohttp
 import msgspec
-from aiolimiter import AsyncLimiter
 from yarl import URL
 
+from indexer.chain.pacing import Pace
 from indexer.chain.rpc_errors import (
     Asked,
     BadAnswer,
@@ -107,11 +107,11 @@ class Transport:
         if self._url.scheme not in ("http", "https") or not self._url.host:
             raise ValueError("an endpoint's url must begin with http:// or https:// and name a host")
         self.name = name or host_of(self._url)
-        self._rate, self._timeout, self._max_body = requests_per_second, timeout, max_body
+        self.pace = Pace(requests_per_second)
+        self._timeout, self._max_body = timeout, max_body
         self._concurrency, self._rng, self._observe = concurrency, rng, observe
         self._ids = count(1)
         self._session: aiohttp.ClientSession | None = None
-        self._limiter: AsyncLimiter | None = None
         self._places: asyncio.Semaphore | None = None
         self._quiet_until = 0.0  # of the loop's clock
         self._rate_limits = 0  # in a row
@@ -130,9 +130,6 @@ class Transport:
             },
         )
         self._places = asyncio.Semaphore(self._concurrency)
-        if self._rate is not None:
-            capacity = max(1, int(self._rate))
-            self._limiter = AsyncLimiter(capacity, capacity / self._rate)
 
     async def close(self) -> None:
         if self._session is not None:
@@ -212,15 +209,15 @@ class Transport:
         assert self._places is not None, "open() first"
         async with self._places:
             await self._quiet(call)
-            if self._limiter is not None:
-                while items > 0:
-                    amount = min(items, int(self._limiter.max_rate))
-                    await self._limiter.acquire(amount)
-                    items -= amount
+            loop = asyncio.get_running_loop()
+            if (wait := self.pace.book(items, loop.time())) > 0:
+                await asyncio.sleep(wait)
+                await self._quiet(call)  # somebody else may have been refused meanwhile
             started, outcome = time.monotonic(), "cancelled"
             try:
                 yield
                 outcome = "ok"
+                self.pace.answered(loop.time())
             except RpcError as error:
                 outcome = str(error.kind)
                 raise
@@ -320,6 +317,7 @@ class Transport:
         )
         if isinstance(error, RateLimited):
             self._keep_quiet(error.retry_after)
+            self.pace.refused(asyncio.get_running_loop().time())
         return error
 
     def _unreadable(self, call: Call[Any], status: int, headers: Headers, body: bytes, why: Exception) -> RpcError:

@@ -440,6 +440,18 @@ async def test_the_pace_counts_the_items_of_a_batch() -> None:
         assert 0.3 < time.monotonic() - started < 5
 
 
+async def test_a_range_is_read_at_the_pace_that_the_node_lets_through() -> None:
+    async with FakeNode(max_rate=60, max_span=2) as node, Rpc(node.url) as rpc:
+        fill(node, 300)
+        started = time.monotonic()
+        logs = await rpc.logs_adaptive([FACTORY], 0, 300)
+        assert len(logs) == 300  # without an error: what the node refused was asked again, slower
+        assert 1 <= node.limited <= 4
+        assert time.monotonic() - started < 10
+        await rpc.headers(range(60))
+        assert max(node.batches) < 60  # a batch of more than it takes in a second would be refused for ever
+
+
 async def test_a_pace_below_one_a_second_is_possible() -> None:
     async with FakeNode() as node, Rpc(node.url, requests_per_second=0.5) as rpc:
         assert await rpc.chain_id() == 84532
