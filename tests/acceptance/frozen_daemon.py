@@ -1,7 +1,7 @@
 """`indexer`, made to stop itself (SIGSTOP) exactly where a freeze hurts most: `frozen_daemon.py <where> <trigger> run …`.
 
 The seams are wrapped, then the real command line runs. Nothing happens until the file `<trigger>` exists; it is removed when
-the process stops, once. `idle` stops between transactions, `open` inside one that has stored events, `copy` in the middle of
+the process stops, once, and save for `idle` only the task that follows the head counts. `idle` stops between transactions, `open` inside one that has stored events, `copy` in the middle of
 the rows of a COPY, `commit` after the fence of a transaction that has stored events, before its COMMIT.
 """
 
@@ -60,13 +60,18 @@ def idle(trigger: Trigger) -> None:
     Lease.transaction = counted  # type: ignore[method-assign]
 
 
+def follows(connection: asyncpg.Connection) -> bool:
+    """Whether it is the session of the follower: history may be storing events of its own at that moment."""
+    return str(connection.get_settings().application_name).startswith("indexer:follow:")
+
+
 def storing_events(told: Callable[[asyncpg.Connection], None]) -> None:
-    """Tells of each connection whose transaction has just stored events."""
+    """Tells of each of the follower's connections whose transaction has just stored events."""
     store_events = facts.store_events
 
     async def watched(conn: asyncpg.Connection, *args: Any, **how: Any) -> list[int]:
         numbers = await store_events(conn, *args, **how)
-        if numbers:
+        if numbers and follows(conn):
             told(conn)
         return numbers
 
@@ -88,7 +93,9 @@ def in_a_copy(trigger: Trigger) -> None:
             yield record
 
     async def interrupted(self: asyncpg.Connection, table: str, *, records: Iterable[Any], **how: Any) -> str:
-        return str(await copy(self, table, records=most_of(list(records)) if trigger.armed else records, **how))
+        if trigger.armed and follows(self):
+            records = most_of(list(records))  # type: ignore[assignment]
+        return str(await copy(self, table, records=records, **how))
 
     asyncpg.Connection.copy_records_to_table = interrupted
 

@@ -664,6 +664,7 @@ class World:
 
         await self.comes_to_rest(given, finalized=finalized)
         wrong = await self._misplaced()
+        await self.observer.look()  # the last event may be younger than the last look
         async with self.database.pool.acquire() as conn:
             wrong += await oracle.judge_database(conn)
             wrong += oracle.judge_states(await given(), await oracle.read_states(conn, BRAND))
