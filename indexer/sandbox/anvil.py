@@ -255,6 +255,10 @@ class Anvil(JsonRpc):
         """Mines so many blocks; the first one holds what waits in the pool."""
         await self.rpc("anvil_mine", hex(blocks), hex(seconds_apart))
 
+    async def mine_now(self) -> None:
+        """Mines one block, at the time that the node's clock shows."""
+        await self.rpc("evm_mine")
+
     async def set_automine(self, on: bool) -> None:
         """One block for each transaction, or only on demand (and by interval, if one is set)."""
         await self.rpc("evm_setAutomine", on)

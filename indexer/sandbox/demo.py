@@ -138,6 +138,7 @@ async def _world(folder: Path, screen: Screen, orders: dict[str, Order], seed: i
         screen.step("deploying two Loyfin factories, one with an event hub")
         ledger = await Ledger.open(node, seed)
         await stack.enter_async_context(ledger.watching())
+        await stack.enter_async_context(ledger.mining())
         accounts = await stack.enter_async_context(Accounts.open(seed))
 
         def settled_at(evidence: Mapping[str, Any]) -> float | None:

@@ -1,7 +1,8 @@
 """The chain side of the demo: two factories, customers with points, relayers, the heads as they come, and reorganisations.
 
-Promises that what an honest relayer sent is sent again when a reorganisation drops it, and that no reorganisation reaches
-deeper than ten blocks. Which transactions are unlucky is left to the story.
+Promises that what an honest relayer sent is sent again when a reorganisation drops it, that no reorganisation reaches deeper
+than ten blocks, and that blocks can be held back, so that a slow machine plays the same story as a fast one. Which transactions
+are unlucky is left to the story.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Ledger:
         self.arrivals: dict[str, float] = {}  # block hash → the loop's time at which our own socket told it
         self._unlucky = Submitter(self.node, CHAIN_ID)
         self._unlucky_ones = 0
+        self._clock = asyncio.Lock()
 
     @classmethod
     async def open(cls, node: Anvil, seed: int) -> Ledger:
@@ -134,22 +136,56 @@ class Ledger:
                     return
                 await asyncio.sleep(BLOCK_SECONDS)
 
-    # ---- reorganisations
+    # ---- blocks
 
-    async def reorganise(self, tx_hashes: Sequence[Hash32]) -> bool:
-        """Replaces the blocks that hold the transactions, and none below them; False where one is too deep by now."""
-        while blocks := await self._blocks_of(tx_hashes):
-            depth = await self.node.block_number() - min(blocks) + 1
-            if depth > DEEPEST:
-                return False
-            await self.node.reorg(depth)  # once more, where a block was mined between the question and this
-            self.reorganisations += 1
-            await self.plain.submitter.resend_dropped()
-        return True
+    @asynccontextmanager
+    async def mining(self) -> AsyncIterator[None]:
+        """Blocks come from here instead of the node's own clock: while the body runs, save where they are held back."""
+        await self.node.set_interval(0)
+        mining = asyncio.create_task(self._mine())
+        try:
+            yield
+        finally:
+            mining.cancel()
+            await asyncio.gather(mining, return_exceptions=True)
 
-    async def _blocks_of(self, tx_hashes: Sequence[Hash32]) -> list[int]:
-        receipts = await asyncio.gather(*map(self._unlucky.receipt, tx_hashes))
-        return [receipt.block_number for receipt in receipts if receipt is not None]
+    async def _mine(self) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while True:
+            async with self._clock:
+                await self.node.mine_now()
+            due = max(due + BLOCK_SECONDS, loop.time())  # what is late is not made up for
+            await asyncio.sleep(due - loop.time())
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """While the body runs no block comes, save by `bury` and `reorganise`. Transactions wait in the pool."""
+        async with self._clock:
+            yield
+
+    async def bury(self, tx_hashes: Sequence[Hash32], blocks: int) -> None:
+        """Mines the transactions, and blocks on top until there are so many; only while blocks are held back. Raises Refused."""
+        mined = 0
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not all(await asyncio.gather(*map(self._unlucky.receipt, tx_hashes))) or mined < blocks:
+                await self.node.mine_now()
+                mined += 1
+                await asyncio.sleep(BLOCK_SECONDS / 4)
+        for tx_hash in tx_hashes:
+            await self.mined(tx_hash)
+
+    async def reorganise(self, tx_hashes: Sequence[Hash32]) -> None:
+        """Replaces the blocks that hold the transactions, and none below them; only while blocks are held back."""
+        first = min([(await self.mined(tx_hash)).block_number for tx_hash in tx_hashes])
+        depth = await self.node.block_number() - first + 1
+        if depth > DEEPEST:
+            raise Refused(f"a reorganisation {depth} blocks deep")
+        await self.node.reorg(depth)
+        self.reorganisations += 1
+        # once is not enough: Anvil throws away what waits in its pool behind what was dropped when it builds the next block
+        while await self.plain.submitter.resend_dropped():
+            await self.node.mine_now()
 
     # ---- heads
 

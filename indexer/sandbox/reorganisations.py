@@ -1,22 +1,22 @@
 """What happens in the demo when blocks are replaced: gone for good, mined again, and gone after the goods were handed over.
 
-Each act submits, waits for the signals, replaces the blocks while they are at most ten deep, and waits for what must follow.
-A machine too slow for that tries again with a fresh operation; the one that came too late ends like any other.
+Each act submits, waits for the signals, replaces the blocks, and waits for what must follow. No block comes between, however
+long the signals take: the acts go the same way on a slow machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from indexer.model.types import Hash32
-from indexer.sandbox.author import INCLUDED_UP_TO, Draft
+from indexer.sandbox.author import INCLUDED_UP_TO
+from indexer.sandbox.ledger import DEEPEST
 from indexer.sandbox.shop import Disappointed, End, Order
 from indexer.sandbox.story import ANA, BEN, CLEO, Stories
 from indexer.sandbox.transactions import Party
 
-ATTEMPTS = 6
 DEADLINE_SECONDS = 6  # after the submission; the action is mined well before
 
 
@@ -35,7 +35,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """An operation on stage: mined, and as far as the act needs it."""
+    """An operation on stage, and its transaction."""
 
     order: Order
     tx_hash: Hash32
@@ -74,7 +74,8 @@ class Reorganisations(Stories):
                     hands_over=False,
                     bounded=True,
                 ),
-            ]
+            ],
+            depth=DEEPEST,
         )
         for one in cast:
             await one.order.heard("reverted")
@@ -97,7 +98,8 @@ class Reorganisations(Stories):
                     End("fulfilled", 1, ("ready", "fulfilled")),
                     small=False,
                 ),
-            ]
+            ],
+            depth=3,
         )
         taken_back, unseen = cast
         await taken_back.order.heard("reverted")
@@ -117,7 +119,8 @@ class Reorganisations(Stories):
                     BEN,
                     End("fulfilled", 2, ("ready", "fulfilled", "reverted", "restored")),
                 )
-            ]
+            ],
+            depth=1,
         )
         await cast.order.heard("reverted")
         truth = await self.shop.truth(cast.order)
@@ -127,41 +130,24 @@ class Reorganisations(Stories):
         await cast.order.heard("restored", generation=2)
         return [cast]
 
-    async def _replaced(self, parts: Sequence[Part]) -> list[Cast]:
-        """The parts' operations, after their blocks were replaced. Raises Disappointed."""
-        for attempt in range(1, ATTEMPTS + 1):
-            cast = [await self._on_stage(part, attempt) for part in parts]
+    async def _replaced(self, parts: Sequence[Part], *, depth: int) -> list[Cast]:
+        """The parts' operations, after so many blocks were replaced: the lowest of them held their events."""
+        async with self.ledger.held():
+            cast = [await self._on_stage(part) for part in parts]
+            await self.ledger.bury([one.tx_hash for one in cast], depth)
             for part, one in zip(parts, cast, strict=True):
                 if part.small:
                     await one.order.heard("fulfilled" if part.hands_over else "ready")
                 else:
                     await one.order.until(partial(_seen, one.order), "any signal")
-            if await self.ledger.reorganise([one.tx_hash for one in cast]):
-                return cast
-            for one in cast:
-                await self._too_late(one)
-        raise Disappointed(
-            f"{ATTEMPTS} times the blocks of {parts[0].reference} were too deep before all signals had come"
-        )
+            await self.ledger.reorganise([one.tx_hash for one in cast])
+        return cast
 
-    async def _on_stage(self, part: Part, attempt: int) -> Cast:
-        reference = part.reference if attempt == 1 else f"{part.reference}-{attempt}"
+    async def _on_stage(self, part: Part) -> Cast:
+        reference = part.reference
         amount = self.amount(reference, 5, INCLUDED_UP_TO) if part.small else self.amount(reference)
         deadline = await self.ledger.now() + DEADLINE_SECONDS if part.bounded else 0
-        draft: Draft = self.draft(reference, "redemption", part.holder, amount, deadline=deadline)
+        draft = self.draft(reference, "redemption", part.holder, amount, deadline=deadline)
         order = self.order(reference, part.story, [draft], part.end, hands_over=part.hands_over, measured=part.small)
         await self.shop.register(order)
-        tx_hash = await self.ledger.submit_unlucky(draft.signed)
-        await self.ledger.mined(tx_hash)
-        return Cast(order, tx_hash)
-
-    async def _too_late(self, cast: Cast) -> None:
-        """Too deep to be replaced: it ends as if nothing had been planned, whatever became of its neighbours' blocks."""
-        order = cast.order
-        order.end = replace(order.end, status="fulfilled", generation=None, trace=None)
-        order.story += " (came too late)"
-        order.hands_over = True
-        await self.ledger.send_again(cast.tx_hash)
-        truth = await self.shop.truth(order)
-        if truth["status"] == "ready":
-            await self.shop.fulfil(order, truth["generation"])
+        return Cast(order, await self.ledger.submit_unlucky(draft.signed))

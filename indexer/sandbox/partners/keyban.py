@@ -111,6 +111,10 @@ class Keyban(Partner):
         account.promised -= amount
         return self._moved("keyban.burn", account.wallet, amount, course, reference, ())
 
+    def listed_for(self, account: Account) -> bool:
+        """Whether somebody has read the orders of its wallet."""
+        return any(call.status == 200 and account.wallet in call.query for call in self.calls)
+
     def stranger(self) -> Movement:
         """A welcome bonus in a wallet that nobody asked about."""
         return self.mint(self.open_account(), self.rng.randint(1, 50), AT_ONCE)
