@@ -219,7 +219,7 @@ async def town(database: Database) -> AsyncIterator[Town]:
         brand = {
             "name": BRAND,
             "policies": [{"confidence": "finalized"}],
-            "keyban": accounts[0] | {"network": keyban.network},
+            "keyban": accounts[0] | {"network": keyban.network, "require_success": True},
             "qiibee": accounts[1] | {"settle_after": 0.2},
         }
         config = Config.model_validate({"state_dir": "/nonexistent", "brands": [brand]})
