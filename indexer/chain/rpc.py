@@ -74,6 +74,7 @@ class Rpc:
         rng: Random | None = None,
         observe: Observe | None = None,
     ) -> None:
+        self.url = url  # for whoever must tell endpoints apart; never to be shown
         self._transport = Transport(
             url,
             name=name,

@@ -41,6 +41,22 @@ class Learned(msgspec.Struct, frozen=True):
     max_batch: int = 100
     batching: bool = True
 
+    @property
+    def firm(self) -> tuple[int | None, int, int, bool]:
+        """Those that only tighten: the endpoint's own, whatever the blocks hold."""
+        return self.max_span, self.max_addresses, self.max_batch, self.batching
+
+    def tightened(self, other: Learned) -> Learned:
+        """The stricter of both where a limit only tightens; how dense blocks are, by ours, and by the other where we do not know."""
+        spans = [span for span in (self.max_span, other.max_span) if span is not None]
+        return Learned(
+            min(spans, default=None),
+            other.dense_spans | self.dense_spans,
+            min(self.max_addresses, other.max_addresses),
+            min(self.max_batch, other.max_batch),
+            self.batching and other.batching,
+        )
+
 
 class SpanLimits:
     """What has been learnt of one endpoint; shared by all who ask it at the same time."""

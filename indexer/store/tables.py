@@ -188,6 +188,18 @@ emitter = Table(
     PrimaryKeyConstraint("chain_id", "address"),
 )
 
+# What was learnt of an endpoint's limits, kept over restarts. Known by a salted fingerprint of its URL: no key is in here.
+endpoint_limits = Table(
+    "endpoint_limits",
+    metadata,
+    Column("chain_id", BigInteger, nullable=False),
+    Column("fingerprint", LargeBinary, nullable=False),
+    Column("endpoint", Text, nullable=False),  # the name that is shown
+    Column("limits", JSONB, nullable=False),
+    Column("firm_at", Time, nullable=False, server_default=NOW),  # when those that only tighten last changed
+    PrimaryKeyConstraint("chain_id", "fingerprint"),
+)
+
 # For which factories a configured address may speak: a factory for itself, a hub for those that name it, one address for
 # both. What is covered of an address is covered for all of its roles: a new role begins without coverage.
 emitter_role = Table(

@@ -193,6 +193,15 @@ def create_tables() -> None:
     sa.PrimaryKeyConstraint('chain_id', 'factory', 'address', name=op.f('emitter_role_pk')),
     schema='indexer'
     )
+    op.create_table('endpoint_limits',
+    sa.Column('chain_id', sa.BigInteger(), nullable=False),
+    sa.Column('fingerprint', sa.LargeBinary(), nullable=False),
+    sa.Column('endpoint', sa.Text(), nullable=False),
+    sa.Column('limits', postgresql.JSONB(), nullable=False),
+    sa.Column('firm_at', postgresql.TIMESTAMP(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
+    sa.PrimaryKeyConstraint('chain_id', 'fingerprint', name=op.f('endpoint_limits_pk')),
+    schema='indexer'
+    )
     op.create_table('forgotten_signal',
     sa.Column('id', sa.UUID(), nullable=False),
     sa.PrimaryKeyConstraint('id', name=op.f('forgotten_signal_pk')),
@@ -695,6 +704,7 @@ def drop_tables() -> None:
     op.drop_table('lease', schema='indexer')
     op.drop_table('instance', schema='indexer')
     op.drop_table('forgotten_signal', schema='indexer')
+    op.drop_table('endpoint_limits', schema='indexer')
     op.drop_table('emitter_role', schema='indexer')
     op.drop_table('emitter', schema='indexer')
     op.drop_table('delivery_attempt', schema='indexer')
