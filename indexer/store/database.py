@@ -31,6 +31,11 @@ class DatabaseUnavailable(Exception):
         self.lasting = lasting
 
 
+_POOLED: Final = (
+    "a pooler of connections answers, not PostgreSQL itself: name the pooler in [database] url, and in direct_url the server, "
+    "for leases and LISTEN"
+)
+
 # What a lost session looks like: a server that went away, a backend that was ended, a statement sent into either. Some of
 # these have other causes too; where it matters, ask the connection whether it is closed.
 DISCONNECTED: Final = (
@@ -90,6 +95,8 @@ def _explained(error: BaseException, url: str) -> DatabaseUnavailable | None:
                 "special characters of the password percent-encoded",
                 lasting=True,
             )
+        case asyncpg.ProtocolViolationError() if "startup parameter" in str(error):
+            return DatabaseUnavailable(f"at {where} {_POOLED}", lasting=True)
         case OSError():
             reason = error.strerror or type(error).__name__
             return DatabaseUnavailable(f"cannot reach PostgreSQL at {where}: {reason}", lasting=False)
@@ -183,13 +190,15 @@ class Database:
                         f"PostgreSQL at {place(url)} is version {major}: {OLDEST_SERVER} or newer is needed",
                         lasting=True,
                     )
+                if session.get_server_pid() != await session.fetchval("SELECT pg_backend_pid()"):
+                    # a session that is somebody else's tomorrow holds no lease, and hears nothing
+                    raise DatabaseUnavailable(f"at {place(database.direct_url)} {_POOLED}", lasting=True)
                 if check_schema:
                     await schema.check(session)
             finally:
                 await session.close()
-            if pooler:
-                async with pool.acquire() as connection:
-                    await connection.execute("SELECT")
+            async with pool.acquire() as connection:
+                await connection.execute("SELECT")
         except BaseException as error:
             await database.close()
             if isinstance(error, Exception) and (explained := _explained(error, url)) is not None:

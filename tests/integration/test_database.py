@@ -13,6 +13,7 @@ import pytest
 from indexer.store.database import DISCONNECTED, Database, DatabaseUnavailable, place
 from indexer.store.embedded import EmbeddedPostgres
 from tests.conftest import Postgres
+from tests.pooler import POOLERS, opened
 
 SECRET = "hunter2-p4ss"
 
@@ -85,6 +86,25 @@ async def test_work_behind_a_pooler_uses_no_prepared_statements_of_another_sessi
         session = await database.session("indexer:test")
         assert await session.fetchval("SHOW application_name") == "indexer:test"
         await session.close()
+
+
+@pytest.mark.parametrize("kind", POOLERS)
+async def test_a_pooler_where_the_server_should_be_is_noticed_at_the_start(dsn: str, kind: str) -> None:
+    async with opened(kind, dsn) as pooler:
+        url = pooler.url(dsn)
+        # it is one: what a session was told is unknown to the next
+        with pytest.raises(asyncpg.InvalidSQLStatementNameError):
+            async with asyncpg.create_pool(url, min_size=2) as pool:
+                for _ in range(20):
+                    await asyncio.gather(*(pool.fetchval("SELECT $1::int", 1) for _ in range(4)))
+        for given in ((url, None), (url, url + ("&" if "?" in url else "?") + "application_name=direct")):
+            with pytest.raises(DatabaseUnavailable, match=r"a pooler of connections answers.*direct_url") as caught:
+                await Database.connect(*given)
+            assert caught.value.lasting
+        async with await Database.connect(url, dsn) as database:
+            assert await asyncio.gather(*(database.pool.fetchval("SELECT $1::int", n) for n in range(40))) == [
+                *range(40)
+            ]
 
 
 async def test_a_pool_whose_server_is_gone_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
