@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from math import ceil
 from typing import Final
+from weakref import WeakValueDictionary
 
 from indexer.partners.account import Desk
 from indexer.partners.client import Denied, Limited, PartnerError, Refused, Unavailable
@@ -65,6 +66,7 @@ class KeybanPoller:
         self._down = False
         self._news = asyncio.Event()
         self._listing = asyncio.Lock()
+        self._looks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by wallet, while it is looked at
 
     async def run(self) -> None:
         """Until cancelled, or until the lease is lost."""
@@ -181,6 +183,11 @@ class KeybanPoller:
 
     async def look(self, wallet: OpenWallet) -> None:
         """One look at one wallet: its orders into the store. Raises PartnerError, Unusable."""
+        lock = self._looks.setdefault(wallet.wallet, asyncio.Lock())
+        async with lock:  # a look that began earlier never writes over one that began later
+            await self._look(wallet)
+
+    async def _look(self, wallet: OpenWallet) -> None:
         desk = self._desk
         began = desk.wall
         # after a start the first look is a full one too: the configuration may say now what a value means
@@ -358,7 +365,11 @@ class KeybanPoller:
             self._listing_from = desk.clock.now() + FULL_EVERY
         for wallet, rows in shares.items():
             share = Walk(rows=dict(rows), complete=walk.complete, pages=0, total=None)
-            await self._store(self._open.get(wallet) or _new(wallet), share, began)
+            lock = self._looks.setdefault(wallet, asyncio.Lock())
+            async with lock:
+                known_wallet = self._open.get(wallet) or _new(wallet)
+                if known_wallet.last_look is None or known_wallet.last_look <= began:  # else it was looked at meanwhile
+                    await self._store(known_wallet, share, began)
             if walk.complete:
                 self.schedule.done(wallet, desk.clock.now())
             else:

@@ -63,6 +63,7 @@ class QiibeePoller:
         self._newest: float | None = None  # registration of the youngest open leg, of the schedule's clock
         self._oldest_ms: int | None = None  # what the oldest open leg's request bears as its time
         self._failures = 0
+        self._page_at_a_time = asyncio.Lock()  # an answer is stored before the next is asked for: the later one counts
 
     async def run(self) -> None:
         """Until cancelled, or until the lease is lost. Sweeps go on beside the looks: a long history keeps nobody waiting."""
@@ -141,16 +142,17 @@ class QiibeePoller:
         last: float | None = state.get("last_look")
         offset, before = 0, None
         for _ in range(MOST_PAGES):
-            page = await self._page(offset, {})
-            if before is not None and page.total not in (None, before):
-                desk.count("page_drift")  # rows slid down and come twice; those that slid up are the sweep's
-            before = page.total
-            rows = self._rows(page)
-            if not offset and not rows and last is not None:
-                await self._empty()
-            ended = len(page.rows) < LIMIT or (page.total is not None and offset + len(page.rows) >= page.total)
-            ended = ended or await self._enough(rows, restless, began if last is None else None)
-            await self._store(rows, state, last, {"last_look": began} if ended else {})
+            async with self._page_at_a_time:
+                page = await self._page(offset, {})
+                if before is not None and page.total not in (None, before):
+                    desk.count("page_drift")  # rows slid down and come twice; those that slid up are the sweep's
+                before = page.total
+                rows = self._rows(page)
+                if not offset and not rows and last is not None:
+                    await self._empty()
+                ended = len(page.rows) < LIMIT or (page.total is not None and offset + len(page.rows) >= page.total)
+                ended = ended or await self._enough(rows, restless, began if last is None else None)
+                await self._store(rows, state, last, {"last_look": began} if ended else {})
             if ended:
                 break
             offset += len(page.rows) - OVERLAP
@@ -271,12 +273,10 @@ class QiibeePoller:
         for _ in range(WALKS):
             offset, total, moved, unusable = 0, None, False, 0
             for _ in range(MOST_PAGES):
-                page = await self._page_after_all(offset, span)
+                page, rows = await self._page_after_all(offset, span, state)
                 total = page.total if total is None else total
                 moved = moved or page.total not in (None, total)
-                rows = self._rows(page)
                 unusable += sum(1 for row in page.rows if not _has_id(row))
-                await self._store(rows, state, None)
                 read |= rows.keys()
                 if len(page.rows) < LIMIT:
                     break
@@ -292,15 +292,24 @@ class QiibeePoller:
                 read = set()  # something went meanwhile: what was read before says nothing of now
         return reading
 
-    async def _page_after_all(self, offset: int, span: dict[str, str]) -> History:
-        """A page of a long walk: what fails for a while is no reason to begin again."""
-        for _ in range(PATIENCE):
+    async def _page_after_all(
+        self, offset: int, span: dict[str, str], state: dict[str, Any]
+    ) -> tuple[History, dict[str, Any]]:
+        """A page of a long walk, and its rows, stored: what fails for a while is no reason to begin again."""
+        failures = 0
+        while True:
             try:
-                return await self._page(offset, span)
+                async with self._page_at_a_time:
+                    page = await self._page(offset, span)
+                    rows = self._rows(page)
+                    await self._store(rows, state, None)
+                    return page, rows
             except (Limited, Unavailable) as error:
+                failures += 1
+                if failures > PATIENCE:
+                    raise
                 wait = error.retry_after if isinstance(error, Limited) else None
                 await self._desk.clock.sleep(max(WAIT, wait or 0.0))
-        return await self._page(offset, span)
 
 
 def _has_id(row: Any) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -237,3 +239,32 @@ async def test_a_row_without_an_id_may_be_any_that_is_missing(database: Database
             await poller.sweep_if_due()
         assert [t["withdrawn_at"] for t in await desk.transfers()] == [None]
         assert desk.oddities()["quarantined"] >= 3 and "missing" not in desk.oddities()
+
+
+async def test_an_answer_that_was_long_under_way_never_writes_over_a_later_one(database: Database) -> None:
+    time = Time()
+    partner = Qiibee(seed=12, clock=time.now, keys=[KEY])
+    user = partner.enrol()
+    async with office(database, partner, time, name="qiibee", base=BASE, header="X-API-KEY") as desk:
+        poller = desk.qiibee()
+        made = partner.credit(user, 25, Course(0.0, 0.0, None))
+        await poller.look()
+        time.ahead += 2
+        original = partner._history
+        asked = asyncio.Event()
+
+        def slow_sweeps(request: Request) -> Reply:
+            reply = original(request)
+            if "to_time" not in request.query:
+                return reply
+            asked.set()
+            return replace(reply, delay=0.3)
+
+        partner._history = slow_sweeps  # type: ignore[method-assign]
+        sweep = asyncio.create_task(poller.sweep_if_due())
+        await asked.wait()
+        made.settles_at = time.now()
+        await poller.look()
+        await sweep
+        assert [t["status"] for t in await desk.transfers()] == ["succeeded"]
+        assert "unsettled" not in desk.oddities()

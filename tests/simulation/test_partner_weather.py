@@ -282,6 +282,7 @@ async def _client(stack: AsyncExitStack, here: Town, name: str, url: str) -> tup
 async def _quiet(here: Town) -> None:
     """Waits until what is ready is what stands."""
     await here.watch()
+    await asyncio.sleep(PACE.appears[1] + PACE.sent[1] + PACE.settles[1])  # what was asked for has become what it will
 
     async def same() -> bool:
         here.wakeups.poke("registered")
@@ -335,10 +336,15 @@ async def test_whatever_the_partners_do_only_what_stands_is_ready(
         await here.watch()
         for _ in range(3):
             await here.trade()
+        await eventually(here.settled, PATIENCE, what="the first settlement")
         await _quiet(here)
+        calm = here.counters()
+        weather = {name for _, wanted in FAULTS.values() for names in wanted for name in names}
+        assert weather & calm.keys() <= {"changed", "page_drift"}, "records go on, and rows come while pages are read"
 
         for chances, wanted in FAULTS.values():
             await _strike(here, chances, wanted)
+            await _quiet(here)
         together = {fault: chance / 4 for chances, _ in FAULTS.values() for fault, chance in chances.items()}
         await _strike(here, together, [frozenset().union(*wanted) for _, wanted in list(FAULTS.values())[:3]])
         await _quiet(here)
