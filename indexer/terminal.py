@@ -233,26 +233,30 @@ class BackfillProgress:
         """Of a chain: blocks covered and to cover in this run, and events found."""
         now = time.monotonic()
         begun, first = self._begun.setdefault(chain, (now, done))
-        rate = (done - first) / (now - begun) if now > begun else 0.0
+        rate = (done - first) / (now - begun) if done > first and now > begun else None
         if self._bars is not None:
             if chain not in self._tasks:
                 self._tasks[chain] = self._bars.add_task(chain, total=total, rate="", events=0)
             self._bars.update(
-                self._tasks[chain], completed=done, total=total, rate=f"{rate:,.0f} blocks/s", events=events
+                self._tasks[chain],
+                completed=done,
+                total=total,
+                rate="" if rate is None else f"{rate:,.0f} blocks/s",
+                events=events,
             )
             if done >= total:
                 self._bars.remove_task(self._tasks.pop(chain))
                 self._begun.pop(chain)
         elif done >= total or now - self._told.get(chain, 0.0) >= LOG_SECONDS:
             self._told[chain] = now
-            left = round((total - done) / rate) if rate else None
+            left = None if rate is None else round((total - done) / rate)
             log.info(
                 self._what,
                 chain=chain,
                 blocks=done,
                 of=total,
                 events=events,
-                blocks_per_second=round(rate),
+                blocks_per_second=None if rate is None else round(rate),
                 seconds_left=left,
             )
             if done >= total:

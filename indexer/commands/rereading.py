@@ -137,6 +137,12 @@ async def _asked(
             state = await chains.load_chain(conn, chain.chain_id)
             if state is None or state.finalized is None:
                 raise Failure(f"nothing of {chain.name} is finalized yet: run the daemon first", TRY_AGAIN)
+            if first > state.finalized.number:
+                raise Failure(
+                    f"block {first} of {chain.name} is not finalized yet, {state.finalized.number} is: blocks above are followed, and "
+                    "correct themselves",
+                    TRY_AGAIN,
+                )
             request = await rereads.ask(conn, chain.chain_id, kind, first, last, runtime.fingerprint)
         if not wait:
             return await _look(database, request)
@@ -217,10 +223,9 @@ def _text(told: dict[str, Any]) -> str:
         return f"{where} is asked for ({told['request']})"
     if told["kind"] == "redecode":
         return f"{where}: {told['logs']} logs were kept raw; {told['moved']} can be read now and moved, {told['left']} stay"
-    lines = [
-        f"{where}, blocks {told['fromBlock']} to {told['toBlock']}: {told['logs']} logs read; "
-        f"{told['missing']} missing, {told['extra']} too many, {told['different']} different; {told['repaired']} repaired"
-    ]
+    found = f"{told['missing']} missing, {told['extra']} too many, {told['different']} different"
+    repaired = "" if told["kind"] == "audit" else f"; {told['repaired']} repaired"
+    lines = [f"{where}, blocks {told['fromBlock']} to {told['toBlock']}: {told['logs']:,} logs read; {found}{repaired}"]
     if told["unread"]:
         stored = "; they are stored now" if told["kind"] != "audit" else ": history is being filled"
         lines.append(f"  {told['unread']} logs of blocks that had not been read before{stored}")
@@ -231,6 +236,8 @@ def _text(told: dict[str, Any]) -> str:
         )
     if (rest := told["missing"] + told["extra"] + told["different"] - len(told["differences"])) > 0:
         lines.append(f"  … and {rest} more")
+    if told["kind"] == "audit" and (told["missing"] or told["extra"] or told["different"]):
+        lines.append("  nothing was changed: --repair puts it right now, the second look when it comes there")
     for low, high in told["unsettled"]:
         lines.append(
             f"  blocks {low} to {high}: the endpoint's answers contradict each other; nothing was taken from them"

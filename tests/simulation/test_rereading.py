@@ -262,6 +262,8 @@ async def test_the_command_works_itself_where_no_daemon_runs(database: Database,
         assert (code, report["ok"], report["repaired"], report["toBlock"]) == (1, False, 4, "25")
         assert (report["missing"], report["extra"], report["different"]) == (1, 1, 2)
         assert await stored(database) == truth(node.chain)
+        code, nothing, said = await command(config, "audit", "fake", "--from", "26")
+        assert (code, nothing) == (75, {}) and "block 26 of fake is not finalized yet, 25 is" in said
         code, report, _ = await command(config, "redecode", "fake", "--no-wait")
         assert (code, report["state"]) == (0, "waiting")
         assert await database.pool.fetchval("SELECT count(*) FROM indexer.reread WHERE state = 'waiting'") == 1
