@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
 import asyncpg
@@ -23,9 +24,9 @@ from indexer.model.signal import Signal
 from indexer.signals.attempts import Endpoint
 from indexer.signals.targets import networks
 from indexer.signals.webhooks import TASK, Dispatcher
-from indexer.store import deliveries, feed, signals, webhooks
+from indexer.store import deliveries, feed, schema, signals, webhooks
 from indexer.store.database import Database
-from indexer.store.leases import Leases
+from indexer.store.leases import Lease, Leases
 from indexer.store.wakeups import Wakeups
 from indexer.store.webhooks import WebhookRow
 from indexer.telemetry import Metrics
@@ -41,10 +42,8 @@ async def run(scale: float) -> dict[str, Any]:
     async with postgres() as server, _receiver() as url:
         sending = {name: await _sending(server, url, name, max(200, round(5_000 * scale))) for name in ("one", "four")}
     async with postgres() as server:
-        empty = await _cost(server, 0)
-    async with postgres() as server:
-        full = await _cost(server, max(10_000, round(10_000_000 * scale)))
-    return {"sending": sending, "cost": [empty, full], "peak_mb": round(own_peak_mb())}
+        cost = await _cost(server, max(10_000, round(10_000_000 * scale)))
+    return {"sending": sending, "cost": cost, "peak_mb": round(own_peak_mb())}
 
 
 # --------------------------------------------------------------------------- webhooks a second
@@ -207,47 +206,91 @@ async def _insert(owner: asyncpg.Connection, count: int) -> None:
         )
 
 
-async def _cost(server: Server, count: int) -> dict[str, Any]:
-    """Median milliseconds of each transaction on a signal's way to two endpoints."""
+async def _cost(server: Server, count: int) -> list[dict[str, Any]]:
+    """Median milliseconds of each transaction on a signal's way to two endpoints, in an empty database and in a full one of the
+    same server, by turns: what the disk and the machine do besides, they do to both.
+    """
     began = time.perf_counter()
     await _fill(server, count)
     filled = time.perf_counter() - began
-    times: dict[str, list[float]] = {}
+    async with _another(server) as bare, _Way.on(bare, 0) as empty, _Way.on(server, count) as full:
+        for _ in range(ROUNDS):
+            await empty.go()
+            await full.go()
+    return [
+        {"signals_before": way.first, "fill_seconds": round(filled if way is full else 0), **way.medians()}
+        for way in (empty, full)
+    ]
 
-    async def timed(step: str, work: Callable[[asyncpg.Connection], Awaitable[Any]]) -> Any:
+
+@asynccontextmanager
+async def _another(server: Server) -> AsyncIterator[Server]:
+    """A database more on the same server, with nothing in it."""
+    owner = await asyncpg.connect(server.owner_url)
+    try:
+        await owner.execute("CREATE DATABASE bare")
+    finally:
+        await owner.close()
+    bare = Server(
+        *(urlunsplit(urlsplit(url)._replace(path="/bare")) for url in (server.url, server.owner_url)), server.pid
+    )
+    await schema.migrate(bare.owner_url)
+    owner = await asyncpg.connect(bare.owner_url)
+    try:
+        await owner.execute("INSERT INTO indexer.brand (name) VALUES ($1)", BRAND)
+    finally:
+        await owner.close()
+    yield bare
+
+
+class _Way:
+    """A signal's way to two endpoints, step by step, a transaction each, as the loops take them."""
+
+    def __init__(self, lease: Lease, first: int) -> None:
+        self.first = self.last = first
+        self._lease = lease
+        self._rooms = [deliveries.Room(BRAND, name, 8, 10.0) for name in ("shop", "books")]
+        self._times: dict[str, list[float]] = {}
+
+    @classmethod
+    @asynccontextmanager
+    async def on(cls, server: Server, first: int) -> AsyncIterator[_Way]:
+        async with await Database.connect(server.url) as database, Leases(database).hold(TASK) as lease:
+            way = cls(lease, first)
+            async with lease.transaction() as conn:
+                rows = [WebhookRow(BRAND, room.webhook, ("operation.*",)) for room in way._rooms]
+                await webhooks.sync_webhooks(conn, rows)
+            yield way
+
+    async def _timed(self, step: str, work: Callable[[asyncpg.Connection], Awaitable[Any]]) -> Any:
         started = time.perf_counter()
-        async with lease.transaction() as conn:
+        async with self._lease.transaction() as conn:
             done = await work(conn)
-        times.setdefault(step, []).append(time.perf_counter() - started)
+        self._times.setdefault(step, []).append(time.perf_counter() - started)
         return done
 
-    rooms = [deliveries.Room(BRAND, name, 8, 10.0) for name in ("shop", "books")]
-    async with await Database.connect(server.url) as database, Leases(database).hold(TASK) as lease:
-        async with lease.transaction() as conn:
-            await webhooks.sync_webhooks(conn, [WebhookRow(BRAND, room.webhook, ("operation.*",)) for room in rooms])
-        for at in range(count + 1, count + ROUNDS + 1):
-            new = _signal()
-            started = time.perf_counter()
-            await timed("append", lambda conn, new=new: signals.append(conn, [new]))  # type: ignore[misc]
-            await timed("number", signals.number)
-            turn = await timed("begin", lambda conn: deliveries.begin(conn, rooms))
-            if len(turn.attempts) != 2:
-                raise SystemExit(f"{len(turn.attempts)} attempts began, and there are two endpoints")
-            ended = [deliveries.Outcome(attempt, "delivered", 204, None) for attempt in turn.attempts]
+    async def go(self) -> None:
+        new, self.last = _signal(), self.last + 1
+        started = time.perf_counter()
+        await self._timed("append", lambda conn: signals.append(conn, [new]))
+        await self._timed("number", signals.number)
+        turn = await self._timed("begin", lambda conn: deliveries.begin(conn, self._rooms))
+        if len(turn.attempts) != 2:
+            raise SystemExit(f"{len(turn.attempts)} attempts began, and there are two endpoints")
+        ended = [deliveries.Outcome(attempt, "delivered", 204, None) for attempt in turn.attempts]
 
-            async def record(conn: asyncpg.Connection, ended: list[deliveries.Outcome] = ended) -> None:
-                await deliveries.record(conn, ended)
-                await webhooks.weigh(conn, ended, {})
+        async def record(conn: asyncpg.Connection) -> None:
+            await deliveries.record(conn, ended)
+            await webhooks.weigh(conn, ended, {})
 
-            await timed("record", record)
-            times.setdefault("all", []).append(time.perf_counter() - started)
-            reading = await timed(
-                "pull", lambda conn, at=at: feed.read(conn, BRAND, at - 1, limit=100, max_bytes=65536)
-            )  # type: ignore[misc]
-            if [entry.id for entry in reading.entries] != [new.id]:
-                raise SystemExit("a client that pulls does not get the new signal")
-    medians = {f"{step}_ms": round(1000 * statistics.median(seen), 2) for step, seen in times.items()}
-    return {"signals_before": count, "fill_seconds": round(filled), **medians}
+        await self._timed("record", record)
+        self._times.setdefault("all", []).append(time.perf_counter() - started)
+        page = lambda conn: feed.read(conn, BRAND, self.last - 1, limit=100, max_bytes=65536)  # noqa: E731
+        if [entry.id for entry in (await self._timed("pull", page)).entries] != [new.id]:
+            raise SystemExit("a client that pulls does not get the new signal")
+
+    def medians(self) -> dict[str, float]:
+        return {f"{step}_ms": round(1000 * statistics.median(seen), 2) for step, seen in self._times.items()}
 
 
 def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
