@@ -282,9 +282,11 @@ def fulfil_operation(
 ) -> None:
     """Record that the brand has handed over. Exits 1 when that generation was taken back (it is recorded all the same)."""
     try:
-        body = json.dumps({"receipt": json.loads(receipt)})
-    except ValueError as error:
+        msgspec.json.decode(receipt)
+    except msgspec.DecodeError as error:
         raise Failure(f"--receipt is not JSON: {error}", USAGE) from None
+
+    body = f'{{"receipt": {receipt}}}'  # as it was given, to the last digit
 
     async def fulfil(conn: Connection) -> functions.Fulfilled:
         return await functions.fulfil(conn, await resolve_operation_id(conn, operation), generation, body, claim)

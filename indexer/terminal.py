@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 import structlog
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -16,24 +17,20 @@ from rich.table import Table
 
 LOG_SECONDS = 10.0  # between log lines of a backfill where there is no terminal
 
+# Numbers as they came, whatever has no JSON of its own as text.
+_JSON = msgspec.json.Encoder(enc_hook=str, decimal_format="number")
+
 log = structlog.get_logger(__name__)
 
 
 def answer(document: Any, as_json: bool, text: Callable[[Any], str | Table]) -> None:
     """Prints the document as JSON, or what `text` makes of it."""
     if as_json:
-        sys.stdout.write(json.dumps(document, default=_default, ensure_ascii=False) + "\n")
+        sys.stdout.write(_JSON.encode(document).decode() + "\n")
         return
     made = text(document)
     console = Console(soft_wrap=not isinstance(made, Table), highlight=False)
     console.print(made, markup=False) if isinstance(made, str) else console.print(made)
-
-
-def _default(value: object) -> object:
-    try:
-        return json.loads(bytes(value))  # type: ignore[call-overload]
-    except TypeError:
-        return str(value)
 
 
 def warn(message: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 from uuid import UUID
@@ -23,6 +24,7 @@ from indexer.store.database import Database
 
 DONE, FAILED, USAGE, TRY_AGAIN = 0, 1, 2, 75
 Result = TypeVar("Result")
+_EXACT = msgspec.json.Decoder(float_hook=Decimal)
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="indexer.toml (default: INDEXER_CONFIG, ./, /etc/indexer/).")
@@ -51,7 +53,8 @@ def load_config(path: Path | None, embedded_database: bool) -> Config:
 async def with_database(config: Config, is_embedded: bool, work: Callable[[Connection], Awaitable[Result]]) -> Result:
     """What `work` makes of one connection to a database whose schema is this version's."""
     url = embedded.url_of(config.state_dir) if is_embedded else config.database.url
-    async with await Database.connect(url, pool_size=1) as database, database.pool.acquire() as conn:
+    direct_url = None if is_embedded else config.database.direct_url
+    async with await Database.connect(url, direct_url, pool_size=1) as database, database.pool.acquire() as conn:
         await schema.check(conn)
         return await work(conn)
 
@@ -74,5 +77,5 @@ async def resolve_operation_id(conn: Connection, given: str) -> UUID:
 
 
 def plain(value: object) -> Any:
-    """A struct of the store as JSON values; raw JSON inside it read again."""
-    return msgspec.json.decode(msgspec.json.encode(value))
+    """A struct of the store as JSON values; raw JSON inside it read again, a brand's numbers to the last digit."""
+    return _EXACT.decode(msgspec.json.encode(value))

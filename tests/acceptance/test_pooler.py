@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from indexer.model.types import hex0x
 from indexer.store.database import Database
-from tests.acceptance.world import BRAND, Ledger, World, until
+from tests.acceptance.world import BRAND, CONSOLE, Ledger, World, until
 from tests.pooler import POOLERS, Relay, opened
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(180)]
@@ -65,6 +67,15 @@ async def test_a_daemon_behind_a_pooler_of_transactions(
         assert 0 < pooled - database.pool.get_size() <= SESSIONS  # the rest is this test's own
         if isinstance(pooler, Relay):
             assert pooler.changes > 20, "no transaction met another session than the one before"
+
+        # commands too
+        command = await asyncio.create_subprocess_exec(
+            *(*CONSOLE, "operations", "show", "order 1", "--json", "--config", str(world.config)),
+            env=os.environ | environ,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        said, _ = await command.communicate()
+        assert json.loads(said)["reference"] == "order 1"
 
         # deaf: nobody new reaches the server, and the ear is cut off; what others write is found all the same
         direct.refusing = True

@@ -4,13 +4,18 @@ reads them as floats.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
+from decimal import Decimal
+from pathlib import Path
 from uuid import UUID
 
 import asyncpg
 import pytest
+from typer.testing import CliRunner
 
+from indexer.cli import app
 from indexer.model.confidence import Level, Policy
 from indexer.settlement.rules import BrandRules
 from indexer.store import deliveries, feed, queries, signals, webhooks
@@ -29,8 +34,8 @@ BACK = (
 
 
 def words(text: str | bytes) -> object:
-    """Parsed with every number as the text that it is."""
-    return json.loads(text, parse_float=str, parse_int=str)
+    """Parsed with every number as its sign, digits and scale."""
+    return json.loads(text, parse_float=lambda number: Decimal(number).as_tuple(), parse_int=str)
 
 
 @pytest.fixture
@@ -47,15 +52,25 @@ async def register(world: World, leg: dict[str, object], metadata: str, referenc
     return UUID(answer["id"]), answer["created"]
 
 
-async def test_metadata_and_receipts_come_back_to_the_last_digit_on_every_way_out(world: World) -> None:
+async def test_metadata_and_receipts_come_back_to_the_last_digit_on_every_way_out(
+    world: World, dsn: str, tmp_path: Path
+) -> None:
     conn = world.conn
+    config = tmp_path / "indexer.toml"
+    config.write_text(f'state_dir = "{tmp_path}"\n[database]\nurl = "{dsn}"\n')
+
+    async def command(*line: str) -> str:
+        done = await asyncio.to_thread(CliRunner().invoke, app, [*line, "--json", "--config", str(config)])
+        assert done.exit_code == 0, (done.output, done.exception)
+        return done.stdout
+
     await webhooks.sync_webhooks(conn, [webhooks.WebhookRow(BRAND, "shop", ("operation.*",))])
     leg = world.leg(nonce=hexa(world.nonce()))
     operation, _ = await register(world, leg, GIVEN)
     await world.event(5, leg)
     await world.heads(head=5)
     assert await world.settle() == ["operation.ready"]
-    await conn.fetchval("SELECT loyalty.fulfil($1, 1, $2::text::jsonb)", operation, GIVEN)
+    await command("operations", "fulfil", "r", "--generation", "1", "--receipt", GIVEN)
     assert await world.settle() == ["operation.fulfilled"]
     await signals.number(conn)
 
@@ -71,12 +86,14 @@ async def test_metadata_and_receipts_come_back_to_the_last_digit_on_every_way_ou
         "stored": words(row["metadata"]),
         "HTTP": words(bytes(shown.metadata)),
         "SQL": words(in_sql),
+        "command": (printed := words(await command("operations", "show", "r")))["metadata"],  # type: ignore[index]
         "webhook": words(turn.attempts[0].body)["data"]["operation"]["metadata"],  # type: ignore[index]
         **{f"pull {nth}": words(e.body)["data"]["operation"]["metadata"] for nth, e in enumerate(reading.entries)},  # type: ignore[index]
         **{f"view {nth}": words(s["payload"])["data"]["operation"]["metadata"] for nth, s in enumerate(signalled)},  # type: ignore[index]
     }
     assert {way: found for way, found in ways.items() if found != words(BACK)} == {}
     assert [words(bytes(receipt.receipt)) for receipt in shown.receipts] == [words(BACK)]  # type: ignore[union-attr]
+    assert printed["receipts"][0]["receipt"] == words(BACK)  # type: ignore[index]
 
 
 async def test_one_number_written_twice_is_one_registration_and_neighbours_beyond_a_float_are_two(world: World) -> None:
