@@ -17,8 +17,10 @@ from tests.following import (
     chain_config,
     created,
     eventually,
+    filling,
     following,
     head_of,
+    history_filled,
     issued,
     noise,
     stored,
@@ -369,6 +371,43 @@ async def test_a_deep_reorganisation_in_few_requests(database: Database, socket:
             await caught_up(database, node, 60)
             assert await stored(database) == truth(node.chain)
             assert node.requests - requests < 300
+
+
+@MODES
+async def test_a_deep_break_below_finalized_is_accepted_in_few_requests(database: Database, socket: bool) -> None:
+    """Two thirds of the branch that lost were finalized: latched at once, rolled back when a person says so, history filled."""
+    async with FakeNode() as node:
+        node.mine([created(1)], 50)
+        for n in range(20):
+            node.mine([issued(n)], 400)
+        fork, lost = 50, node.chain.head.hash
+        chain = chain_config(node, socket=socket)
+
+        async def finalized() -> bool:
+            row = await database.pool.fetchrow(
+                "SELECT b.hash, c.finalized_number FROM indexer.chain c JOIN indexer.block b ON b.number = c.finalized_number AND b.canonical"
+            )
+            return row is not None and tuple(row) == (node.chain.canonical[6_000].hash, 6_000)
+
+        async with following(database, node, chain, fails=FinalityViolation) as task:
+            await caught_up(database, node)
+            node.set_tags(safe=6_000, finalized=6_000)
+            await eventually(finalized)
+            before = await stored(database)
+            assert len(before) == 21
+            node.reorganise(8_000, [[issued(100 + n)] if n % 400 == 7 else [] for n in range(8_002)])
+            with pytest.raises(FinalityViolation):
+                await asyncio.wait_for(asyncio.shield(task), 20)
+        assert await stored(database) == before and await head_of(database) == (fork + 8_000, lost)
+        assert await chains.resume(database.pool, node.chain_id, accept_chain=True)  # type: ignore[arg-type]
+        requests = node.requests
+        async with following(database, node, chain), filling(database, node, chain):
+            await caught_up(database, node)
+            await eventually(finalized)
+            await history_filled(database, node.chain_id)
+            assert node.requests - requests < 300
+            assert await stored(database) == truth(node.chain)
+            assert len(truth(node.chain)) == 1 + 20
 
 
 async def test_after_a_long_outage_it_goes_on_from_finalized(database: Database) -> None:
