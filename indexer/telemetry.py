@@ -114,6 +114,7 @@ class Metrics:
         self.rpc_errors = self._counter("rpc_errors", "JSON-RPC failures, by class", ("endpoint", "error"))
         self.rpc_lies = self._counter("rpc_lies", "Answers proven wrong", ("endpoint", "check"))
         self.rpc_seconds = self._histogram("rpc_seconds", "Time of an HTTP exchange", ("endpoint",), _REQUEST)
+        self.failovers = self._counter("failovers", "Times that an endpoint took over", ("chain", "endpoint"))
         self.quarantined_endpoints = self._gauge("endpoint_quarantined", "1 while not trusted", ("endpoint", "reason"))
         self.checks = self._counter("checks", "Checks of answers: pass, skip, fail", ("check", "outcome", "endpoint"))
         self.partner_requests = self._counter(

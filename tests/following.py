@@ -20,6 +20,7 @@ from indexer.chain.backfill import fill_history
 from indexer.chain.decode import Decoder
 from indexer.chain.follower import follow
 from indexer.chain.heads import HeadStream
+from indexer.chain.pool import Pool
 from indexer.chain.rpc import Rpc
 from indexer.config import Chain
 from indexer.store import chains, coverage
@@ -195,7 +196,8 @@ async def following(
 
     async def run() -> None:
         async with rpc, Leases(database, ttl=15).hold(f"follow:{chain.chain_id}") as lease:
-            await follow(chain, rpc, heads, lease, Wakeups(), DECODER, count=count, **more)
+            source = Pool.of(rpc, chain.chain_id, chain.name, count).source()
+            await follow(chain, source, heads, lease, Wakeups(), DECODER, **more)
 
     task = asyncio.create_task(run())
     try:
@@ -216,7 +218,8 @@ async def filling(
 
     async def run() -> None:
         async with rpc, Leases(database, ttl=ttl).hold(f"history:{chain.chain_id}") as lease:
-            await fill_history(chain, rpc, lease, Wakeups(), DECODER, **more)
+            source = Pool.of(rpc, chain.chain_id, chain.name).source("history")
+            await fill_history(chain, source, lease, Wakeups(), DECODER, **more)
 
     task = asyncio.create_task(run())
     try:

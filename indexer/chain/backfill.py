@@ -14,14 +14,13 @@ from uuid import UUID
 import structlog
 
 from indexer.chain.decode import Decoder
-from indexer.chain.integrity import Count, Lie
+from indexer.chain.integrity import Lie
 from indexer.chain.linkage import Unsettled
 from indexer.chain.pipeline import PARALLEL, Backfill, Progress
+from indexer.chain.pool import Source
 from indexer.chain.reading import Ranges, Task
 from indexer.chain.rereading import Rereading
-from indexer.chain.rpc import Rpc
 from indexer.chain.rpc_errors import RateLimited, RpcError, Unreachable
-from indexer.chain.schedule import check_chain_id
 from indexer.chain.second_look import SecondLook
 from indexer.config import Chain
 from indexer.model.types import hex0x
@@ -35,13 +34,12 @@ log = structlog.get_logger(__name__)
 
 async def fill_history(
     chain: Chain,
-    rpc: Rpc,
+    source: Source,
     lease: Lease,
     wakeups: Wakeups,
     decoder: Decoder,
     *,
     metrics: Metrics | None = None,
-    count: Count | None = None,
     progress: Callable[[str, int, int, int], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
     parallel: int = PARALLEL,
@@ -56,8 +54,8 @@ async def fill_history(
         if progress is not None:
             progress(chain.name, now.blocks_done, now.blocks_total, now.events)
 
-    task = Task(chain, rpc, lease, wakeups, decoder, metrics, count, clock)
-    starts = Starts(chain, rpc, lambda: same_chain(task))
+    task = Task(chain, source, lease, wakeups, decoder, metrics, clock)
+    starts = Starts(chain, source, lambda: same_chain(task))
     second, rereading = SecondLook(task), Rereading(task)
     failures = 0
     while True:
@@ -69,7 +67,11 @@ async def fill_history(
             worked |= await rereading.work()
             await _say_complete(task, starts)
             failures = 0
+            if worked:
+                source.worked()
         except (Unsettled, Lie, RpcError) as trouble:
+            if source.failed(trouble):
+                continue
             worked = False
             failures += 1
             log.warning("history waits", chain=chain.name, reason=str(trouble))
@@ -90,6 +92,8 @@ async def carry_out(task: Task, request: UUID) -> None:
             await rereading.work()
             failures = 0
         except (Unsettled, Lie, RpcError) as trouble:
+            if task.source.failed(trouble):
+                continue
             failures += 1
             await rereading.waits_for(str(trouble))
             await asyncio.sleep(min(task.chain.tags_seconds * 2 ** min(failures, 4), 60))
@@ -100,7 +104,9 @@ async def same_chain(task: Task) -> None:
 
     Raises WrongChain, Unsettled.
     """
-    await check_chain_id(task.rpc, task.chain.name, task.chain.chain_id)
+    if (state := await chains.load_chain(task.lease.connection, task.chain.chain_id)) is not None:
+        task.source.pool.genesis = state.genesis_hash or task.source.pool.genesis
+    await task.source.identify_again()
     ranges = await Ranges.open(task)
     if ranges is not None:
         await ranges.same_chain()
@@ -120,9 +126,9 @@ async def _say_complete(task: Task, starts: Starts) -> None:
 class Starts:
     """Whether each factory's `start_block` misses nothing: no code stood at its address in the block before."""
 
-    def __init__(self, chain: Chain, rpc: Rpc, same_chain: Callable[[], Awaitable[None]] | None = None) -> None:
+    def __init__(self, chain: Chain, source: Source, same_chain: Callable[[], Awaitable[None]] | None = None) -> None:
         """`same_chain` raises where the endpoint is not our chain's any more: its word of code is worth nothing then."""
-        self._chain, self._rpc, self._same_chain = chain, rpc, same_chain
+        self._chain, self._source, self._same_chain = chain, source, same_chain
         self._known: dict[tuple[bytes, int], bool] = {}
         self._absent: set[bytes] = set()
 
@@ -142,7 +148,7 @@ class Starts:
         return all(self._known.values())
 
     async def _check(self, address: bytes, start_block: int) -> bool | None:
-        if not await self._rpc.has_code(address, "latest"):
+        if not await self._source.rpc.has_code(address, "latest"):
             if address not in self._absent:
                 self._absent.add(address)
                 log.warning(
@@ -154,7 +160,7 @@ class Starts:
         if start_block == 0:
             return True
         try:
-            early = await self._rpc.has_code(address, start_block - 1)
+            early = await self._source.rpc.has_code(address, start_block - 1)
         except (Unreachable, RateLimited):
             raise
         except RpcError:  # each client has its own words for state that it no longer keeps

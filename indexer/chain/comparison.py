@@ -161,7 +161,7 @@ class Comparison:
         """What the block holds by its receipts, whose bloom is the header's; None where they can't be had."""
         task = self._task
         try:
-            receipts = await task.rpc.receipts(header.hash)
+            receipts = await task.source.receipts(header.hash)
         except MethodMissing:
             return None
         if receipts is None:

@@ -19,13 +19,14 @@ import structlog
 from indexer.chain import linkage
 from indexer.chain.decode import Decoder
 from indexer.chain.feed import HeadFeed, Heads
-from indexer.chain.integrity import Count, Lie, verify_header
+from indexer.chain.integrity import Lie, verify_header
 from indexer.chain.linkage import FinalityViolation, Reorganised, Unsettled
 from indexer.chain.logs import headers_of
+from indexer.chain.pool import Source
 from indexer.chain.position import Mode, Position
 from indexer.chain.rpc import Rpc
 from indexer.chain.rpc_errors import BeyondHead, RpcError
-from indexer.chain.schedule import BASE, check_chain_id
+from indexer.chain.schedule import BASE
 from indexer.chain.spans import asks_for_less
 from indexer.chain.steps import Gatherer
 from indexer.chain.wire import RawHeader
@@ -48,26 +49,25 @@ DISTRUST = 5  # failures in a row after which one round is polled although the s
 
 async def follow(
     chain: Chain,
-    rpc: Rpc,
+    source: Source,
     heads: Heads | None,
     lease: Lease,
     wakeups: Wakeups,
     decoder: Decoder,
     *,
     metrics: Metrics | None = None,
-    count: Count | None = None,
     schedules: Mapping[tuple[int, Hash32], Schedule] = BASE,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Follows until cancelled. `heads` opens a subscription; None polls. `clock` gives monotonic seconds.
+    """Follows until cancelled, asking whoever leads in `source`: when it errs or lies, the next one takes over at once.
+
+    `heads` opens a subscription; None polls. `clock` gives monotonic seconds.
 
     Raises LeaseLost, WrongChain and ScheduleMismatch (not to be retried), FinalityViolation (after latching it), RpcError
     where the chain can't be identified at start. Everything transient is waited out.
     """
-    position = await Position.open(
-        chain, rpc, lease, decoder, wakeups, metrics=metrics, count=count, schedules=schedules
-    )
-    follower = _Follower(chain, rpc, position, count)
+    position = await Position.open(chain, source, lease, decoder, wakeups, metrics=metrics, schedules=schedules)
+    follower = _Follower(chain, source, position)
     feed = HeadFeed(chain.name, heads)
     failures, patience, tags_due = 0, 0, clock()
     async with feed.running():
@@ -75,25 +75,36 @@ async def follow(
             try:
                 if failures:
                     await asyncio.sleep(PATIENCE[min(failures - 1, patience)])
-                    await check_chain_id(rpc, chain.name, chain.chain_id)
+                await source.identify()
                 if clock() >= tags_due:
                     await position.look_at_tags()
                     tags_due = clock() + chain.tags_seconds
                 wait = 0.0 if follower.behind else min(chain.poll_seconds, max(0.0, tags_due - clock()))
                 follower.announced(await feed.next(GROUP, wait))
-                if feed.live and failures < DISTRUST:
+                before = position.cursor
+                if feed.live and failures < DISTRUST and not follower.misled:
                     await follower.advance()
                 else:
                     await follower.poll()
                 failures = 0
+                if position.cursor != before:
+                    source.worked()
             except Reorganised as reorganised:
-                await position.rewind(reorganised.ancestor)
+                if await position.undone(reorganised.ancestor):
+                    await position.rewind(reorganised.ancestor)
+                else:
+                    failures, patience = failures + 1, MOVING
             except FinalityViolation as violation:
                 # an endpoint that serves another chain now contradicts nothing of ours: WrongChain, and no latch
-                await check_chain_id(rpc, chain.name, chain.chain_id)
-                await position.latch(violation)
-                raise
+                source.lead.identified = False
+                await source.identify()
+                if (shown := await position.sides(violation)) is not None:
+                    await position.latch(shown)
+                    raise shown from None
+                failures, patience = failures + 1, MOVING
             except (Unsettled, Lie, RpcError) as trouble:
+                if source.failed(trouble):
+                    continue
                 failures += 1
                 patience = len(PATIENCE) - 1 if isinstance(trouble, RpcError) else MOVING
                 log.log(
@@ -107,11 +118,24 @@ async def follow(
 class _Follower:
     """From announced heads, or from polling, to commits."""
 
-    def __init__(self, chain: Chain, rpc: Rpc, position: Position, count: Count | None) -> None:
-        self._chain, self._rpc, self._position, self._count = chain, rpc, position, count
+    def __init__(self, chain: Chain, source: Source, position: Position) -> None:
+        self._chain, self._source, self._position = chain, source, position
+        self._count = source.count
+        self._count_announced = source.pool.counting(chain.socket_name or "")  # the socket's lies are its own
         self._gatherer: Gatherer = position.gatherer
         self._heads: deque[Header] = deque(maxlen=512)
-        self._latest: int | None = None  # the node's height at the last poll
+        self._latest: int | None = None  # the height of `_asked` at the last poll
+        self._asked = source.lead
+        self._strange = 0  # announced heads in a row that the lead does not show
+
+    @property
+    def _rpc(self) -> Rpc:
+        return self._source.rpc
+
+    @property
+    def misled(self) -> bool:
+        """The socket tells of a branch that the endpoints do not show: they are polled."""
+        return self._strange >= DISTRUST
 
     @property
     def behind(self) -> bool:
@@ -124,7 +148,7 @@ class _Follower:
         """Takes in heads of the socket; a header that is not what it says is counted and dropped (the gap is filled)."""
         for raw in raws:
             try:
-                self._heads.append(verify_header(raw, self._position.schedule, count=self._count))
+                self._heads.append(verify_header(raw, self._position.schedule, count=self._count_announced))
             except Lie as lie:
                 log.warning("dropped an announced head", chain=self._chain.name, reason=str(lie))
 
@@ -157,17 +181,20 @@ class _Follower:
             if await self._shown(head):
                 raise Reorganised(await linkage.ancestor_of(head, self._position.as_held(), self._rpc))
             self._heads.popleft()
+        self._strange = 0 if linked else self._strange + 1
         return linked
 
     async def _shown(self, head: Header) -> bool:
         """Whether the node, asked by number, shows the announced head: a late message of a branch that lost undoes nothing."""
-        raw = await self._rpc.header(head.number)
+        raw = await self._rpc.header(head.number) if await self._reaches(head.number) else None
         if raw is None:
-            raise Unsettled(f"{self._rpc.name} announced block {head.number} and does not serve it")
+            raise Unsettled(f"block {head.number} was announced, and {self._rpc.name} does not serve it")
         return verify_header(raw, self._position.schedule, head.number, count=self._count).hash == head.hash
 
     async def _gap(self, cursor: BlockRef, high: int) -> list[Header]:
         """Headers of cursor+1 … high, linked to each other. Raises Reorganised when they do not follow the cursor."""
+        if not await self._reaches(high):
+            raise Unsettled(f"block {high} was announced, and {self._rpc.name} has not come so far")
         headers = await headers_of(self._rpc, range(cursor.number + 1, high + 1), self._position.schedule, self._count)
         for parent, child in itertools.pairwise(headers):
             if child.parent_hash != parent.hash:
@@ -176,10 +203,17 @@ class _Follower:
             raise Reorganised(await linkage.ancestor_of(headers[0], self._position.as_held(), self._rpc))
         return headers
 
+    async def _reaches(self, number: int) -> bool:
+        """With several endpoints, whether the lead reported so high a head; the only one is asked in any case."""
+        return not self._source.pool.several or await self._source.reaches(number)
+
     # --------------------------------------------------------------------- ranges
 
     async def poll(self) -> None:
         """One look at the head without a socket: the range since the cursor, or every header of it."""
+        self._strange = 0
+        if self._asked is not self._source.lead:
+            self._asked, self._latest = self._source.lead, None
         if self._chain.follow == "every-header" and not self._far():
             raw = await self._rpc.header("latest")
             if raw is None:
@@ -196,7 +230,7 @@ class _Follower:
             before = self._position.cursor.number
             await self._range(to)
             if self._position.cursor.number == before:
-                raise Unsettled(f"{self._rpc.name} announced blocks up to {to} and serves none above {before}")
+                raise Unsettled(f"blocks up to {to} were announced, and {self._rpc.name} serves none above {before}")
 
     def _far(self) -> bool:
         return self._latest is None or self._latest - self._position.cursor.number > FAR
@@ -219,6 +253,7 @@ class _Follower:
             raws = await self._rpc.logs_adaptive(wanted, cursor.number + 1, high, count=self._count)
         latest = verify_header(poll.latest, self._position.schedule, count=self._count)
         self._latest = latest.number
+        self._source.lead.reported(latest.number, asyncio.get_running_loop().time())
         if poll.cursor is None or latest.number < cursor.number:
             await self._lagging(latest)
             return

@@ -7,7 +7,7 @@ the follower's.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,18 +33,27 @@ class Unsettled(Exception):
 
 
 class FinalityViolation(Exception):
-    """The node's chain left ours below our finalized block. `ours` and `theirs` are the two sides at one height."""
+    """The node's chain left ours below our finalized block. `ours` and `theirs` are the two sides at one height, `holders` and
+    `against` the endpoints that show them."""
 
     explains_itself: ClassVar[bool] = True
 
-    def __init__(self, chain: str, endpoint: str, ours: BlockRef, theirs: BlockRef | None) -> None:
-        other = "another block" if theirs is None else f"block {theirs.number} {hex0x(theirs.hash)}"
+    def __init__(
+        self,
+        chain: str,
+        endpoint: str,
+        ours: BlockRef,
+        theirs: BlockRef,
+        holders: Sequence[str] = (),
+        against: Sequence[str] = (),
+    ) -> None:
         super().__init__(
             f"finality violation on {chain}: we hold block {ours.number} {hex0x(ours.hash)} as finalized, {endpoint} shows "
-            f"{other}. Signals of this chain are stopped. Find out which side is right, then: indexer resume {chain} "
+            f"block {theirs.number} {hex0x(theirs.hash)}. Signals of this chain are stopped. Find out which side is right, then: indexer resume {chain} "
             "--keep-ours | --accept-chain"
         )
-        self.ours, self.theirs, self.endpoint = ours, theirs, endpoint
+        self.ours, self.theirs = ours, theirs
+        self.holders, self.against = list(holders), list(against) or [endpoint]
 
 
 @dataclass(frozen=True, slots=True)

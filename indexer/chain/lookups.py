@@ -12,11 +12,11 @@ from typing import Final
 import structlog
 from eth_hash.auto import keccak
 
-from indexer.chain.integrity import Count, Lie, logs_of_receipts
+from indexer.chain.integrity import Lie, logs_of_receipts
 from indexer.chain.linkage import Unsettled
 from indexer.chain.logs import headers_of
+from indexer.chain.pool import Source
 from indexer.chain.proof import bloom_of_logs
-from indexer.chain.rpc import Rpc
 from indexer.chain.rpc_errors import MethodMissing, RpcError
 from indexer.chain.wire import RawLog, RawReceipt, exact_bytes, quantity
 from indexer.model.types import Hash32, Header, hex0x
@@ -36,7 +36,7 @@ log = structlog.get_logger(__name__)
 
 
 async def answer_lookups(
-    chain: str, chain_id: int, rpc: Rpc, lease: Lease, wakeups: Wakeups, *, metrics: Metrics, count: Count | None = None
+    chain: str, chain_id: int, source: Source, lease: Lease, wakeups: Wakeups, *, metrics: Metrics
 ) -> None:
     """Until cancelled, or until the lease is lost."""
     seen: set[str] = set()  # what was told
@@ -48,8 +48,9 @@ async def answer_lookups(
         unlearnt: list[bytes] = []  # what is stored of these stays
         for question in open_ones:
             try:
-                answer = await _look(rpc, question, finalized, count)
+                answer = await _look(source, question, finalized)
             except (RpcError, Lie, Unsettled) as error:
+                source.failed(error)
                 metrics.lookups.labels(chain, "error").inc()
                 if len(seen) < 100 and (told := f"{type(error).__name__} {error}") not in seen:
                     seen.add(told)
@@ -93,19 +94,19 @@ def _outcome(found: AnswerRow) -> str:
     return "absent" if found.block_number is None else "failed" if found.success is False else "held"
 
 
-async def _look(rpc: Rpc, question: Question, finalized: int, count: Count | None) -> AnswerRow:
-    found = await _found(rpc, question, finalized, count)
+async def _look(source: Source, question: Question, finalized: int) -> AnswerRow:
+    found = await _found(source, question, finalized)
     if found.block_number is None and question.block_number is not None:
-        header = (await headers_of(rpc, [question.block_number], None, count))[0]
+        header = (await headers_of(source.rpc, [question.block_number], None, source.count))[0]
         if header.hash == question.block_hash:
             raise Unsettled(
-                f"{rpc.name} has block {header.number} and does not know {hex0x(question.tx_hash)} in it now"
+                f"{source.rpc.name} has block {header.number} and does not know {hex0x(question.tx_hash)} in it now"
             )
     return found
 
 
-async def _found(rpc: Rpc, question: Question, finalized: int, count: Count | None) -> AnswerRow:
-    tx = Hash32(question.tx_hash)
+async def _found(source: Source, question: Question, finalized: int) -> AnswerRow:
+    tx, rpc, count = Hash32(question.tx_hash), source.rpc, source.count
     receipt = await rpc.receipt(tx)
     if receipt is None or receipt.block_hash is None or receipt.block_number is None:
         return AnswerRow(tx)
@@ -116,7 +117,7 @@ async def _found(rpc: Rpc, question: Question, finalized: int, count: Count | No
     header = (await headers_of(rpc, [number], None, count))[0]
     if header.hash != block_hash:
         return AnswerRow(tx)  # of a branch that lost
-    receipt = await _committed(rpc, header, tx, receipt, count)
+    receipt = await _committed(source, header, tx, receipt)
     try:
         moved = [transfer for entry in receipt.logs if (transfer := _transfer(entry)) is not None]
         success = quantity(receipt.status or "0x0") == 1
@@ -125,14 +126,14 @@ async def _found(rpc: Rpc, question: Question, finalized: int, count: Count | No
     return AnswerRow(tx, number, block_hash, success, moved, final=number <= finalized)
 
 
-async def _committed(rpc: Rpc, header: Header, tx: Hash32, receipt: RawReceipt, count: Count | None) -> RawReceipt:
+async def _committed(source: Source, header: Header, tx: Hash32, receipt: RawReceipt) -> RawReceipt:
     """The receipt as the block's own receipts have it; where a node has no such method, one that its bloom admits."""
     try:
-        receipts = await rpc.receipts(header.hash)
+        receipts = await source.receipts(header.hash)
     except MethodMissing:
         receipts = None
     if receipts is not None:
-        logs_of_receipts(header, receipts, count=count)
+        logs_of_receipts(header, receipts, count=source.count)
         for each in receipts:
             if each.transaction_hash.lower() == hex0x(tx):
                 return each

@@ -6,6 +6,7 @@ first blocks of the new one and is committed with them, so that readers never se
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -14,12 +15,14 @@ from typing import Any, Literal
 import asyncpg
 import structlog
 
+from indexer.chain import witnesses
 from indexer.chain.decode import Decoded, Decoder, Speakers
-from indexer.chain.integrity import Count, verify_header
+from indexer.chain.integrity import verify_header
 from indexer.chain.linkage import FinalityViolation, Held, Reorganised, Unsettled, ancestor_below
 from indexer.chain.logs import headers_of
+from indexer.chain.pool import Source
 from indexer.chain.rpc import Rpc
-from indexer.chain.schedule import BASE, check_chain_id, check_genesis, discover
+from indexer.chain.schedule import BASE
 from indexer.chain.steps import Gatherer, Step
 from indexer.config import Chain
 from indexer.model.types import Address, BlockRef, Hash32, Header, Schedule, hash32, hex0x
@@ -35,6 +38,7 @@ log = structlog.get_logger(__name__)
 Mode = Literal["socket", "polling"]
 JUMP = 5_000  # blocks below finalized that following still catches up itself; more are history's to fill
 ANCHOR = 1_000  # blocks below the head to begin at, where a node knows no finalized block
+FIRST_LOOK = 5.0  # seconds in which several endpoints shall agree on where to begin
 RECENT = 2_048  # held headers that are remembered without asking the store
 
 
@@ -71,15 +75,15 @@ class Position:
     def __init__(
         self,
         chain: Chain,
-        rpc: Rpc,
+        source: Source,
         lease: Lease,
         wakeups: Wakeups,
         gatherer: Gatherer,
         metrics: Metrics | None,
-        count: Count | None,
     ) -> None:
         self.chain, self.gatherer = chain, gatherer
-        self._rpc, self._lease, self._wakeups, self._metrics, self._count = rpc, lease, wakeups, metrics, count
+        self._source, self._lease, self._wakeups, self._metrics = source, lease, wakeups, metrics
+        self._count = source.count
         self.schedule: Schedule | None = gatherer.schedule
         self.cursor = BlockRef(0, Hash32(b""))
         self.floor = BlockRef(0, Hash32(b""))  # nothing at or below it is ever undone
@@ -90,6 +94,12 @@ class Position:
         self._mode: Mode | None = None
         self._pruned_to = 0
         self._sampled: BlockRef | None = None
+        self._disagreed = 0  # looks in a row at which too few endpoints agreed
+        self._agreed: bool | None = None  # whether enough endpoints agree; None: not said yet
+
+    @property
+    def _rpc(self) -> Rpc:
+        return self._source.rpc
 
     # --------------------------------------------------------------------- start
 
@@ -97,32 +107,29 @@ class Position:
     async def open(
         cls,
         chain: Chain,
-        rpc: Rpc,
+        source: Source,
         lease: Lease,
         decoder: Decoder,
         wakeups: Wakeups,
         *,
         metrics: Metrics | None = None,
-        count: Count | None = None,
         schedules: Mapping[tuple[int, Hash32], Schedule] = BASE,
     ) -> Position:
         """Makes sure who the chain is, writes the configuration's emitters, and finds or makes the cursor.
 
         Raises WrongChain, ScheduleMismatch, FinalityViolation (a latch that nobody resolved), RpcError, Unsettled.
         """
-        await check_chain_id(rpc, chain.name, chain.chain_id)
         state = await chains.load_chain(lease.connection, chain.chain_id)
-        genesis = await check_genesis(rpc, chain.name, None if state is None else state.genesis_hash)
-        schedule = await discover(rpc, chain.chain_id, genesis, schedules)
+        genesis, schedule = await source.introduce(None if state is None else state.genesis_hash, schedules)
         if state is not None and state.latch is not None:
-            theirs = state.latch["theirs"]
-            raise FinalityViolation(
-                chain.name, state.latch["endpoint"], _ref(state.latch["ours"]), None if theirs is None else _ref(theirs)
-            )
+            ours, theirs = state.latch["ours"], state.latch["theirs"]
+            raise FinalityViolation(chain.name, " and ".join(theirs["endpoints"]), _ref(ours), _ref(theirs))
         async with lease.transaction() as conn:
             await chains.ensure_chain(conn, chain.chain_id, chain.name, genesis, schedule)
+            await chains.set_quorum(conn, chain.chain_id, source.pool.quorum)
             await chains.sync_emitters(conn, chain.chain_id, configured_emitters(chain))
-        position = cls(chain, rpc, lease, wakeups, Gatherer(rpc, decoder, schedule, count), metrics, count)
+        position = cls(chain, source, lease, wakeups, Gatherer(source, decoder, schedule), metrics)
+        source.pool.ours = position.remembered
         if state is not None and state.cursor is not None:
             position.cursor = state.cursor
             position._finalized = state.finalized
@@ -139,9 +146,12 @@ class Position:
         return position
 
     async def _begin(self) -> None:
-        """The first cursor: the node's finalized block, so that nothing below it is ever undone by following."""
-        raw = await self._rpc.header("finalized")
-        if raw is None:
+        """The first cursor: the finalized block, so that nothing below it is ever undone by following."""
+        agreed = await self._first_agreed()
+        raw = None if agreed is not None else await self._rpc.header("finalized")
+        if agreed is not None:
+            anchor = agreed
+        elif raw is None:
             latest = await self._rpc.header("latest")
             if latest is None:
                 raise Unsettled(f"{self._rpc.name} knows neither a finalized nor a latest block")
@@ -151,6 +161,24 @@ class Position:
             anchor = verify_header(raw, self.schedule, count=self._count)
         await self._move(anchor)
         log.info("following from here on", chain=self.chain.name, block=anchor.number)
+
+    async def _first_agreed(self) -> Header | None:
+        """With several endpoints: the finalized block that enough of them hold, as soon as they were looked at."""
+        pool = self._source.pool
+        if not pool.several:
+            return None
+        loop = asyncio.get_running_loop()
+        until = loop.time() + FIRST_LOOK
+        while loop.time() < until:
+            if (found := await witnesses.agreed(pool, "finalized")) is not None:
+                return found
+            await asyncio.sleep(0.05)
+        log.warning(
+            "the endpoints agree on no finalized block: following begins on the word of one, and signals wait",
+            chain=self.chain.name,
+            endpoint=self._rpc.name,
+        )
+        return None
 
     async def _move(self, to: Header) -> None:
         """The cursor to a finalized block, without claiming what lies between: that is history's to fill."""
@@ -171,6 +199,14 @@ class Position:
         self._unfollowed = [e.address for e in emitters if e.followed_from is None]
 
     # --------------------------------------------------------------------- what we hold
+
+    def remembered(self, number: int) -> BlockRef | None:
+        """The highest block at or below a height that is in memory."""
+        if number >= self.cursor.number:
+            return self.cursor
+        if (ref := self._recent.get(number)) is not None:
+            return ref
+        return next((ref for n, ref in reversed(self._recent.items()) if n <= number), None)
 
     async def held(self, number: int) -> BlockRef | None:
         if number > self.cursor.number:  # after a rewind the store still has the old branch
@@ -226,6 +262,51 @@ class Position:
         self._sampled = None
         await self._refresh(upto=self._orphan_above)
 
+    async def undone(self, ancestor: BlockRef) -> bool:
+        """Whether enough endpoints have left our branch above `ancestor`, as the lead says; with one endpoint, it has.
+
+        Where they have not, one that holds what most hold takes over: it outvotes the lead.
+        """
+        pool = self._source.pool
+        if not pool.several or pool.quorum == 1:
+            return True
+        conflict = await chains.held_above(self._lease.connection, self.chain.chain_id, ancestor.number)
+        if conflict is None or conflict.number > self.cursor.number:
+            return True  # nothing of ours is undone: a rewind that was agreed on waits for its first blocks
+        verdict = await witnesses.judge(pool, conflict)
+        if verdict.undone:
+            if self._source.lead in verdict.against:
+                return True
+            self._source.prefer(verdict.against, f"most show another block {conflict.number}")
+            return False
+        log.warning(
+            "endpoints disagree",
+            chain=self.chain.name,
+            block=conflict.number,
+            ours=[node.name for node in verdict.holders],
+            others=[node.name for node in verdict.against],
+        )
+        self._source.prefer(verdict.holders, f"it holds block {conflict.number} as we do")
+        return False
+
+    async def sides(self, violation: FinalityViolation) -> FinalityViolation | None:
+        """A finality violation that enough endpoints show, with those that show each side; None where they do not."""
+        pool = self._source.pool
+        if not pool.several or pool.quorum == 1:
+            return violation
+        verdict = await witnesses.judge(pool, violation.ours)
+        if verdict.undone and verdict.theirs is not None:
+            return FinalityViolation(
+                self.chain.name,
+                " and ".join(node.name for node in verdict.against),
+                violation.ours,
+                verdict.theirs,
+                [node.name for node in verdict.holders],
+                [node.name for node in verdict.against],
+            )
+        self._source.prefer(verdict.holders, f"it holds block {violation.ours.number} as we do")
+        return None
+
     async def latch(self, violation: FinalityViolation) -> None:
         """Stores both sides of a finality violation: signals of this chain stop until a person decides."""
         ours, theirs = violation.ours, violation.theirs
@@ -234,9 +315,8 @@ class Position:
                 conn,
                 self.chain.chain_id,
                 {
-                    "ours": {"number": ours.number, "hash": hex0x(ours.hash)},
-                    "theirs": None if theirs is None else {"number": theirs.number, "hash": hex0x(theirs.hash)},
-                    "endpoint": violation.endpoint,
+                    "ours": {"number": ours.number, "hash": hex0x(ours.hash), "endpoints": violation.holders},
+                    "theirs": {"number": theirs.number, "hash": hex0x(theirs.hash), "endpoints": violation.against},
                     "at": datetime.now(UTC).isoformat(timespec="seconds"),
                 },
             )
@@ -258,6 +338,7 @@ class Position:
 
         Raises Reorganised, FinalityViolation, Lie, RpcError.
         """
+        await self._tell_agreement()
         safe, finalized = await self._tag("safe"), await self._tag("finalized")
         if finalized is not None and finalized.number > self.cursor.number + JUMP:
             await self._jump(finalized)
@@ -300,7 +381,51 @@ class Position:
         if done.events:
             self._wakeups.poke("facts")
 
+    async def _tell_agreement(self) -> None:
+        """What the endpoints' latest looks say together, into the store; the best of them leads."""
+        pool = self._source.pool
+        if not pool.several:
+            return
+        found = witnesses.agreement(pool)
+        self._source.return_to_best()
+        if found.height is None and len(found.apart) >= pool.quorum:
+            self._source.prefer(found.apart, "most are on another branch")
+        told = []
+        for node in pool.nodes:
+            state, reason = pool.standing(node)
+            told.append(
+                {
+                    "name": node.name,
+                    "role": node.role,
+                    "state": state,
+                    "reason": reason,
+                    "head": None if node.head < 0 else str(node.head),
+                    "leads": node is self._source.lead,
+                }
+            )
+        # one look in the middle of a reorganisation is no lasting disagreement
+        self._disagreed = 0 if found.height is not None else self._disagreed + 1
+        async with self._lease.transaction() as conn:
+            await chains.set_agreement(conn, self.chain.chain_id, found.height, told, lost=self._disagreed > 1)
+        if self._agreed is not (found.height is not None):
+            self._agreed = found.height is not None
+            names = [node.name for node in found.holders]
+            if self._agreed:
+                log.info("endpoints agree", chain=self.chain.name, block=found.height, endpoints=names)
+            else:
+                log.warning(
+                    "too few endpoints agree: facts go on, signals wait",
+                    chain=self.chain.name,
+                    needed=pool.quorum,
+                    agree=names,
+                    endpoints={each["name"]: each["reason"] or each["state"] for each in told},
+                )
+        if self._metrics is not None:
+            self._metrics.witnesses.labels(self.chain.name).set(len(found.holders))
+
     async def _tag(self, tag: Literal["safe", "finalized"]) -> Header | None:
+        if self._source.pool.several:
+            return await witnesses.agreed(self._source.pool, tag)
         raw = await self._rpc.header(tag)
         return None if raw is None else verify_header(raw, self.schedule, count=self._count)
 

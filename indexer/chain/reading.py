@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from indexer.chain.decode import Decoder
 from indexer.chain.integrity import Count, verify_header
 from indexer.chain.linkage import Unsettled
 from indexer.chain.logs import checked, headers_of, timed, untimed
+from indexer.chain.pool import Source
 from indexer.chain.rpc import Rpc
 from indexer.chain.wire import Log, RawHeader, RawLog
 from indexer.config import Chain
@@ -33,13 +34,25 @@ class Task:
     """What one who works on a chain's history is given. `clock` gives monotonic seconds."""
 
     chain: Chain
-    rpc: Rpc
+    source: Source
     lease: Lease
     wakeups: Wakeups
     decoder: Decoder
     metrics: Metrics | None = None
-    count: Count | None = None
     clock: Callable[[], float] = time.monotonic
+
+    @property
+    def rpc(self) -> Rpc:
+        """Whom to ask now: the same throughout one round."""
+        return self.source.rpc
+
+    @property
+    def count(self) -> Count:
+        return self.source.count
+
+    def of(self, source: Source) -> Task:
+        """The same work, asked of another."""
+        return replace(self, source=source)
 
 
 class Ranges:

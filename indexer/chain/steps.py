@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from indexer.chain.decode import Decoded, Decoder, Speakers
-from indexer.chain.integrity import Count, Lie, Outcome, logs_of_receipts
+from indexer.chain.integrity import Lie, Outcome, logs_of_receipts
 from indexer.chain.linkage import Unsettled
 from indexer.chain.logs import checked, headers_of, timed
+from indexer.chain.pool import Source
 from indexer.chain.proof import bloom_bits
 from indexer.chain.rpc import Rpc
-from indexer.chain.rpc_errors import MethodMissing, UnknownBlock
+from indexer.chain.rpc_errors import MethodMissing, RpcError, UnknownBlock
 from indexer.chain.wire import Log, RawLog, quantity
 from indexer.model.types import BlockRef, Header, Schedule
 from indexer.store.coverage import Verdict
@@ -60,17 +62,20 @@ class Gate:
 
 
 class Gatherer:
-    """Gathers steps from one endpoint. `speakers` and `filter` are the follower's to keep up to date.
+    """Gathers steps, each from the endpoint that leads. `speakers` and `filter` are the follower's to keep up to date.
 
     `filter` holds whose logs are asked for: every speaker, and tokens whose announcement was orphaned and may return.
     """
 
-    def __init__(self, rpc: Rpc, decoder: Decoder, schedule: Schedule | None, count: Count | None = None) -> None:
-        self.rpc, self.schedule = rpc, schedule
-        self._decoder, self._count = decoder, count
+    def __init__(self, source: Source, decoder: Decoder, schedule: Schedule | None) -> None:
+        self.source, self.schedule = source, schedule
+        self._decoder, self._count = decoder, source.count
         self.speakers = Speakers(0, ())
         self.filter: frozenset[bytes] = frozenset()
-        self._receipts = True  # until the endpoint says that it has no eth_getBlockReceipts
+
+    @property
+    def rpc(self) -> Rpc:
+        return self.source.rpc
 
     # --------------------------------------------------------------------- every header
 
@@ -97,10 +102,12 @@ class Gatherer:
             if not new:
                 break
             wanted |= new
-            if not self._receipts:  # by address: blocks that were asked without the new tokens are asked again
+            if (
+                not self.source.has_receipts
+            ):  # by address: blocks that were asked without the new tokens are asked again
                 first = min(token.block_number for token in rows.tokens)
                 logs = {number: found for number, found in logs.items() if number < first}
-        verdict: Verdict = "gate" if self._receipts else "unverified"
+        verdict: Verdict = "gate" if self.source.has_receipts else "unverified"
         return Step(
             list(headers),
             rows,
@@ -110,31 +117,35 @@ class Gatherer:
 
     async def _read(self, header: Header, wanted: frozenset[bytes]) -> list[Log]:
         """All logs of a block from its receipts; where there is no such method, the wanted ones by its hash."""
-        for pause in (*READY, None):
+        lie: Lie | None = None
+        for pause in (*(READY[:1] if self.source.others else READY), None):
             try:
                 raws = await self._ask(header, wanted)
-            except Lie as lie:  # counted where it was found; receipts that are not ready are the commonest of them
-                reason = str(lie)
+            except Lie as found:  # counted where it was found; receipts that are not ready are the commonest of them
+                lie, reason = found, str(found)
             else:
                 if raws is not None:
                     return timed(raws, self.schedule, {header.number: header})
-                reason = "the node does not hold it yet"
+                lie, reason = None, "the node does not hold it yet"
             if pause is not None:
                 await asyncio.sleep(pause)
+        if lie is not None and self.source.others:
+            raise lie  # asked again elsewhere before there is a verdict
         raise Unsettled(f"{self.rpc.name}: receipts of block {header.number}: {reason}")
 
     async def _ask(self, header: Header, wanted: frozenset[bytes]) -> list[RawLog] | None:
-        if self._receipts:
-            try:
-                receipts = await self.rpc.receipts(header.hash)
-            except MethodMissing:
-                self._receipts = False
-            else:
-                return None if receipts is None else logs_of_receipts(header, receipts, count=self._count)
+        with suppress(MethodMissing):
+            receipts = await self.source.receipts(header.hash)
+            return None if receipts is None else logs_of_receipts(header, receipts, count=self._count)
         try:
             raws = await self.rpc.logs_of(header.hash, sorted(wanted))
         except UnknownBlock:
             return None
+        for node in self.source.others if not raws else ():
+            # the header admits a log and the answer is empty: nobody's word alone settles that
+            with suppress(RpcError):
+                raws = await node.rpc.logs_of(header.hash, sorted(wanted))
+                break
         logs = timed(raws, self.schedule, {header.number: header})
         checked(logs, header.number, header.number, wanted, {header.number: header}, self._count)
         return raws
@@ -190,8 +201,7 @@ class Gatherer:
             else:
                 misfits.add(header)
         for header in misfits:
-            if self._count is not None:
-                self._count("logs_bound", Outcome.FAIL)
+            self._count("logs_bound", Outcome.FAIL)
             try:
                 again = await self.rpc.logs_of(header.hash, sorted(wanted))
             except UnknownBlock:

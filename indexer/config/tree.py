@@ -140,6 +140,12 @@ class Endpoint(Section):
         default=None, description="What the plan allows; default: paced by what the endpoint bears."
     )
 
+    role: Literal["primary", "fallback", "archive"] | None = Field(
+        default=None,
+        description="primary: asked first; fallback: when no primary can be; archive: history first, the head last. "
+        "Default: the first endpoint is primary, the others fallback.",
+    )
+
     @property
     def name(self) -> str:
         """Host (and port): the only part of the URL that logs and metrics may show."""
@@ -190,6 +196,20 @@ class Chain(Section):
     second_look_seconds: Delay = Field(
         default=60.0, description="Finalized history is read again so long after the first reading."
     )
+
+    @property
+    def endpoint_names(self) -> list[str]:
+        """What logs and metrics call the endpoints: by host; further ones on the same host are told apart by their place."""
+        hosts = [endpoint.name for endpoint in self.rpc]
+        return [host if host not in hosts[:place] else f"{host}#{place + 1}" for place, host in enumerate(hosts)]
+
+    @property
+    def socket_name(self) -> str | None:
+        """What they call the websocket: a witness of its own, whoever serves it."""
+        return None if self.websocket is None else urlsplit(self.websocket).netloc.rpartition("@")[2].lower()
+
+    def role_of(self, place: int) -> Literal["primary", "fallback", "archive"]:
+        return self.rpc[place].role or ("primary" if place == 0 else "fallback")
 
     @property
     def quorum(self) -> int:

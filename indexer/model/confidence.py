@@ -37,6 +37,8 @@ class Heads:
     finalized_time_ms: int = 0
     latched: bool = False
     live: bool = True  # a follower has linked a new head not long ago: what is stored has not been undone unseen
+    agreed: bool = True  # as many endpoints as are needed were seen to hold what we hold
+    quorum: int = 1  # endpoints that must hold a block before evidence in it counts
 
     def least(self, other: Heads) -> Heads:
         """What two looks at one chain agree on: all that may be said of facts that were read between them."""
@@ -49,6 +51,8 @@ class Heads:
             min(self.finalized_time_ms, other.finalized_time_ms),
             self.latched or other.latched,
             self.live and other.live,
+            self.agreed and other.agreed,
+            max(self.quorum, other.quorum),
         )
 
 

@@ -27,6 +27,7 @@ from indexer.store.operations import Changes, HistoryRow, Operation, StoredClaim
 
 RETRY_MS = 3_000  # a deadline has passed, and its coverage is not there yet
 REJECTIONS_KEPT = 64
+AGREE_RETRY_MS = 2_000  # too few endpoints of a chain agree
 LATCH_RETRY_MS = 30_000  # a chain is latched: its operations wait for a person
 
 
@@ -138,6 +139,9 @@ class Desk:
         if last is None:
             return False
         after_ms = (last + 1) * 1000  # strictly after that second: five blocks share it
+        if not heads.agreed:
+            alarms.append(Alarm(0, "clock_ms", self.done.now_ms + AGREE_RETRY_MS))
+            return False
         if heads.finalized_time_ms < after_ms:
             alarms.append(Alarm(leg.chain_id, "finalized_time_ms", after_ms))
             return False
@@ -239,8 +243,13 @@ class Desk:
             # nobody has looked whether these blocks still stand: a `ready` can wait, a false one cannot be unsaid
             kept = _before_promise(operation.state, path)
             if len(kept) < len(path):
-                # the next head that a follower links is what makes a chain live
-                alarms += [Alarm(chain, "head_time_ms", self.standing.on(chain).head_time_ms + 1) for chain in waited]
+                # the next head that a follower links is what makes a chain live; endpoints agree again when they do
+                alarms += [
+                    Alarm(chain, "head_time_ms", self.standing.on(chain).head_time_ms + 1)
+                    if self.standing.on(chain).agreed
+                    else Alarm(0, "clock_ms", self.done.now_ms + AGREE_RETRY_MS)
+                    for chain in waited
+                ]
             path = kept
         for position, state in enumerate(path):
             before, operation.state = operation.state, state

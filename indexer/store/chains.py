@@ -154,6 +154,16 @@ async def held(conn: asyncpg.Connection, chain_id: int, number: int) -> BlockRef
     return _ref(number, block_hash)
 
 
+async def held_above(conn: asyncpg.Connection, chain_id: int, number: int) -> BlockRef | None:
+    """Our lowest canonical header above this height (block_canonical_idx)."""
+    row = await conn.fetchrow(
+        "SELECT number, hash FROM indexer.block WHERE chain_id = $1 AND number > $2 AND canonical ORDER BY number LIMIT 1",
+        chain_id,
+        number,
+    )
+    return None if row is None else BlockRef(row["number"], Hash32(row["hash"]))
+
+
 async def held_at_or_below(conn: asyncpg.Connection, chain_id: int, number: int) -> BlockRef | None:
     """Our highest canonical block that is not above this height: of a header, or of an event (history stores no headers)."""
     # block_canonical_idx and the primary keys of the event tables, each read backwards by one row
@@ -387,6 +397,29 @@ _RAISE_TAG = {
         WHERE chain_id = $1 AND head_number >= $2 AND (finalized_number IS NULL OR finalized_number < $2) RETURNING true
         """,
 }
+
+
+async def set_quorum(conn: Connection, chain_id: int, quorum: int) -> None:
+    """How many endpoints must agree before anything is signalled for the chain."""
+    await conn.execute("UPDATE indexer.chain SET quorum = $2 WHERE chain_id = $1 AND quorum <> $2", chain_id, quorum)
+
+
+async def set_agreement(
+    conn: asyncpg.Connection, chain_id: int, height: int | None, endpoints: Sequence[Mapping[str, Any]], *, lost: bool
+) -> None:
+    """The highest block of ours that enough endpoints hold (None: too few do), and how each of them stands. `lost`: it is
+    not for a moment only that they do not agree."""
+    await conn.execute(
+        """
+        UPDATE indexer.chain SET endpoints = $3, agreed_number = coalesce($2, agreed_number),
+            agreed_at = CASE WHEN $2::bigint IS NOT NULL THEN clock_timestamp() WHEN $4 THEN NULL ELSE agreed_at END
+        WHERE chain_id = $1
+        """,
+        chain_id,
+        height,
+        list(endpoints),
+        lost,
+    )
 
 
 async def set_latch(conn: asyncpg.Connection, chain_id: int, latch: Mapping[str, Any]) -> None:

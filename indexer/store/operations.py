@@ -84,7 +84,7 @@ async def heads(conn: Connection) -> dict[int, Heads]:
     rows = await conn.fetch(
         """
         SELECT c.chain_id, c.head_number, c.head_time_ms, c.safe_number, c.finalized_number, c.finalized_time_ms,
-               c.latch IS NOT NULL AS latched, indexer.is_live(c) AS live
+               c.latch IS NOT NULL AS latched, indexer.is_live(c) AS live, indexer.is_agreed(c) AS agreed, c.quorum
         FROM indexer.chain c
         """
     )
@@ -98,6 +98,8 @@ async def heads(conn: Connection) -> dict[int, Heads]:
             _or(row["finalized_time_ms"], 0),
             row["latched"],
             row["live"],
+            row["agreed"],
+            row["quorum"],
         )
         for row in rows
     }

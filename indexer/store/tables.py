@@ -153,6 +153,12 @@ chain = Table(
     # epoch of the follower's lease that last linked a head to what is stored: facts of an epoch before may be undone unseen
     Column("linked_epoch", BigInteger),
     Column("schedule", JSONB),  # {"l2_time": s, "first_fast_block": n} where blocks follow Base's schedule
+    Column(
+        "quorum", Integer, nullable=False, server_default=text("1")
+    ),  # endpoints that must agree before a signal leaves
+    Column("agreed_number", BigInteger),  # the highest block of ours that so many were seen to hold …
+    Column("agreed_at", Time),  # … and when: with a quorum above one, signals wait while it is old
+    Column("endpoints", JSONB),  # how each endpoint stood at the last look: name, role, state, reason, head, leads
     Column("latch", JSONB),  # a finality violation, both sides; no signals while it is set
     Column("unmatched_cursor", BigInteger),  # evidence up to this block was looked at for settlement.unmatched
     Column("history_complete", Boolean, nullable=False, server_default=text("false")),

@@ -17,6 +17,7 @@ import structlog
 from indexer.chain.backfill import fill_history
 from indexer.chain.decode import Decoder
 from indexer.chain.integrity import verify_header
+from indexer.chain.pool import Pool
 from indexer.chain.rpc import Rpc
 from indexer.config import Chain
 from indexer.model.types import Address
@@ -85,13 +86,14 @@ async def run(task: Task) -> dict[str, float]:
         Leases(database).hold(f"history:{CHAIN_ID}") as lease,
     ):
         await found(lease, rpc)
+        source = Pool.of(rpc, CHAIN_ID, count=count).source("history")
         before_mb = own_peak_mb()
         profiler = cProfile.Profile() if task.profile else None
         if profiler:
             profiler.enable()
         began, cpu = time.perf_counter(), own_cpu()
         filling = asyncio.create_task(
-            fill_history(chain, rpc, lease, Wakeups(), decoder, metrics=metrics, count=count, progress=progress)
+            fill_history(chain, source, lease, Wakeups(), decoder, metrics=metrics, progress=progress)
         )
         waiting = asyncio.create_task(finished.wait())
         await asyncio.wait([filling, waiting], timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)

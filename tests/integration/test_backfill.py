@@ -8,6 +8,7 @@ import random
 import pytest
 
 from indexer.chain.backfill import Starts
+from indexer.chain.pool import Pool
 from indexer.chain.rpc import Rpc
 from indexer.store import chains, coverage
 from indexer.store.database import Database
@@ -289,4 +290,4 @@ async def test_history_is_complete_only_where_that_is_shown(database: Database) 
                 await eventually(lambda shown=shown: complete(shown))
         node.fail("eth_getCode", -32000, "missing trie node", times=None, when=lambda params: params[1] != "latest")
         async with Rpc(node.url) as rpc:
-            assert not await Starts(chain, rpc).proven()
+            assert not await Starts(chain, Pool.of(rpc, chain.chain_id).source()).proven()

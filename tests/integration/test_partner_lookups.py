@@ -8,6 +8,7 @@ from contextlib import suppress
 import asyncpg
 
 from indexer.chain.lookups import AT_ONCE, TRANSFER, answer_lookups
+from indexer.chain.pool import Pool
 from indexer.chain.rpc import Rpc
 from indexer.store.database import Database
 from indexer.store.leases import Leases
@@ -42,7 +43,8 @@ async def test_a_transaction_is_looked_up_until_its_block_is_final(database: Dat
 
         async def run() -> None:
             async with Rpc(node.url, timeout=5) as rpc, Leases(database, ttl=15).hold("lookups:1") as lease:
-                await answer_lookups("fake", chain.chain_id, rpc, lease, wakeups, metrics=metrics)
+                source = Pool.of(rpc, chain.chain_id).source()
+                await answer_lookups("fake", chain.chain_id, source, lease, wakeups, metrics=metrics)
 
         async def answer(of: bytes = tx) -> asyncpg.Record:
             row = await database.pool.fetchrow("SELECT * FROM indexer.chain_lookup WHERE tx_hash = $1", of)

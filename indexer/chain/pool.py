@@ -1,0 +1,384 @@
+"""Many endpoints of one chain: whom a loop asks, who takes over when that one errs or lies, and who is put aside for a while.
+
+Promises that a step is gathered from one endpoint, that an endpoint of another chain is never asked while another is right,
+and that each quarantine has its reason, its end, and leaves at least one endpoint to ask. What endpoints agree on is for
+`witnesses.py`; what an answer is worth, for the checks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import structlog
+
+from indexer.chain.integrity import Count, Lie, Outcome
+from indexer.chain.rpc import Rpc
+from indexer.chain.rpc_errors import MethodMissing, PrunedHistory, RpcError
+from indexer.chain.schedule import ScheduleMismatch, WrongChain, check_chain_id, check_genesis, discover
+from indexer.chain.wire import RawReceipt
+from indexer.model.types import BlockRef, Hash32, Header, Schedule
+from indexer.telemetry import Metrics
+
+log = structlog.get_logger(__name__)
+
+Role = Literal["primary", "fallback", "archive"]
+Purpose = Literal["head", "history"]
+Why = Literal["lie", "fork", "wrong_chain"]
+CountOf = Callable[[str, str, Outcome], None]  # endpoint, check, outcome
+
+ORDER: Final[Mapping[Purpose, tuple[Role, ...]]] = {
+    "head": ("primary", "fallback", "archive"),
+    "history": ("archive", "primary", "fallback"),
+}
+QUARANTINE: Final = (60.0, 300.0, 1800.0)  # seconds, by how often
+REST: Final = (
+    1.0,
+    2.0,
+    5.0,
+    10.0,
+    30.0,
+)  # seconds that an endpoint is not preferred after an error, by how often in a row
+UNFIT: Final = 600.0  # … after one that asking again does not change: too old for it, or no such method
+STUCK: Final = 30.0  # seconds without a new block after which an endpoint has no vote
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What an endpoint showed at one look. `ours` is a block that we hold, at or below its head, and `shows` what it has there."""
+
+    latest: Header
+    safe: Header | None
+    finalized: Header | None
+    ours: BlockRef | None = None
+    shows: Hash32 | None = None
+
+    @property
+    def holds(self) -> bool:
+        return self.ours is not None and self.shows == self.ours.hash
+
+    @property
+    def apart(self) -> bool:
+        return self.ours is not None and self.shows is not None and self.shows != self.ours.hash
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One endpoint of the pool, and what is known of it. Times are the event loop's."""
+
+    rpc: Rpc
+    role: Role = "primary"
+    place: int = 0
+    head: int = -1  # the highest block that it reported
+    advanced_at: float = 0.0
+    identified: bool = False  # as our chain, since it last failed
+    seen: Seen | None = None
+    trouble: str | None = None  # why the last look failed
+    strikes: int = 0  # looks in a row at which it stood apart
+    put_aside: tuple[Why, str, float] | None = None  # why, in words, until when
+    quarantines: int = 0
+    no_receipts: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.rpc.name
+
+    def reported(self, head: int, now: float) -> None:
+        if head > self.head:
+            self.head, self.advanced_at = head, now
+
+
+class Pool:
+    """The endpoints of one chain in this process. `quorum`: how many must agree. `ours(n)` is set by whoever follows: a block
+    that we hold at or below a height, from memory."""
+
+    def __init__(
+        self,
+        chain: str,
+        chain_id: int,
+        nodes: Sequence[Node],
+        *,
+        quorum: int = 1,
+        count: CountOf | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.chain, self.chain_id, self.nodes, self.quorum = chain, chain_id, list(nodes), quorum
+        self.genesis: Hash32 | None = None
+        self.schedule: Schedule | None = None
+        self.ours: Callable[[int], BlockRef | None] = lambda _: None
+        self._count, self._metrics = count, metrics
+
+    @classmethod
+    def of(cls, rpc: Rpc, chain_id: int, chain: str = "", count: Count | None = None) -> Pool:
+        """One endpoint alone."""
+        counted = None if count is None else (lambda _, check, outcome: count(check, outcome))
+        return cls(chain, chain_id, [Node(rpc)], count=counted)
+
+    @property
+    def several(self) -> bool:
+        return len(self.nodes) > 1
+
+    def counting(self, endpoint: str) -> Count | None:
+        """Counts checks as that endpoint's."""
+        count = self._count
+        return None if count is None else (lambda check, outcome: count(endpoint, check, outcome))
+
+    def source(self, purpose: Purpose = "head") -> Source:
+        ranks = {role: rank for rank, role in enumerate(ORDER[purpose])}
+        return Source(self, sorted(self.nodes, key=lambda node: (ranks[node.role], node.place)))
+
+    # --------------------------------------------------------------------- who may be asked, and who has a vote
+
+    def usable(self, node: Node) -> bool:
+        """Not in quarantine; one whose time is over is on probation from now on."""
+        if node.put_aside is None:
+            return True
+        why, reason, until = node.put_aside
+        if asyncio.get_running_loop().time() < until:
+            return False
+        node.put_aside, node.identified, node.strikes, node.seen = None, False, 0, None
+        log.info("an endpoint is on probation", chain=self.chain, endpoint=node.name, was=reason)
+        if self._metrics is not None:
+            self._metrics.quarantined_endpoints.labels(node.name, why).set(0)
+        return True
+
+    def live(self, node: Node) -> bool:
+        """Whether it has a vote: looked at with success, advancing, not in quarantine."""
+        stuck = asyncio.get_running_loop().time() - node.advanced_at > STUCK
+        return self.usable(node) and node.seen is not None and node.trouble is None and not stuck
+
+    def standing(self, node: Node) -> tuple[str, str | None]:
+        """For status: 'live', 'behind', 'apart', 'failing', 'quarantined' or 'unknown', and why."""
+        if node.put_aside is not None and not self.usable(node):
+            return "quarantined", node.put_aside[1]
+        if node.trouble is not None:
+            return "failing", node.trouble
+        if node.seen is None:
+            return "unknown", None
+        if not self.live(node):
+            return "behind", f"no new block for {STUCK:g} s: it stands at {node.head}"
+        if node.seen.apart and node.seen.ours is not None:
+            return "apart", f"it shows another block {node.seen.ours.number} than we hold"
+        return "live", None
+
+    def quarantine(self, node: Node, why: Why, reason: str) -> bool:
+        """Puts an endpoint aside for a while; not the last one that could be asked."""
+        if not any(self.usable(other) for other in self.nodes if other is not node):
+            return False
+        seconds = QUARANTINE[min(node.quarantines, len(QUARANTINE) - 1)]
+        node.quarantines += 1
+        node.put_aside = (why, reason, asyncio.get_running_loop().time() + seconds)
+        log.warning(
+            "an endpoint is in quarantine", chain=self.chain, endpoint=node.name, reason=reason, seconds=seconds
+        )
+        if self._metrics is not None:
+            self._metrics.quarantined_endpoints.labels(node.name, why).set(1)
+        return True
+
+    async def identify(self, node: Node) -> None:
+        """That it is our chain, by id and genesis; asked once until it fails. Raises WrongChain, RpcError."""
+        if node.identified:
+            return
+        await check_chain_id(node.rpc, self.chain, self.chain_id)
+        self.genesis = await check_genesis(node.rpc, self.chain, self.genesis)
+        node.identified = True
+
+
+class Source:
+    """Whom one loop asks: `rpc`, until that one fails. With one endpoint it is always the same."""
+
+    def __init__(self, pool: Pool, nodes: Sequence[Node]) -> None:
+        self.pool, self._nodes = pool, list(nodes)
+        self.lead = self._nodes[0]
+        self._rests: dict[Node, tuple[float, int]] = {}  # until when, and how often it failed in a row
+        self._suspect: tuple[Node, Lie] | None = None
+
+    @property
+    def rpc(self) -> Rpc:
+        return self.lead.rpc
+
+    def count(self, check: str, outcome: Outcome) -> None:
+        counted = self.pool.counting(self.lead.name)
+        if counted is not None:
+            counted(check, outcome)
+
+    def fixed(self, node: Node) -> Source:
+        """A source that asks this endpoint alone."""
+        return Source(self.pool, [node])
+
+    @property
+    def others(self) -> list[Node]:
+        """Who could be asked besides, best first."""
+        return [node for node in self._nodes if node is not self.lead and self.pool.usable(node)]
+
+    # --------------------------------------------------------------------- taking over
+
+    def failed(self, trouble: Exception) -> bool:
+        """The lead erred, lied, or stood alone. True: another one has taken over, and can be asked at once."""
+        now = asyncio.get_running_loop().time()
+        lead = self.lead
+        lead.identified = False
+        if isinstance(trouble, Lie):
+            self._accuse(lead, trouble)
+        times = self._rests.get(lead, (0.0, 0))[1] + 1
+        rest = REST[min(times, len(REST)) - 1]
+        if isinstance(trouble, PrunedHistory | MethodMissing):
+            rest = UNFIT
+        self._rests[lead] = (now + rest, times)
+        fresh = [node for node in self.others if self._rest_of(node) <= now]
+        if fresh:
+            self._take_over(fresh[0], str(trouble))
+            return True
+        if self.others:
+            self._take_over(min([lead, *self.others], key=self._rest_of), str(trouble))
+        return False
+
+    def worked(self) -> None:
+        """The lead has answered what was asked: whoever failed a check at the same question has lied."""
+        self._rests.pop(self.lead, None)
+        if self._suspect is not None and self._suspect[0] is not self.lead:
+            node, lie = self._suspect
+            self.pool.quarantine(node, "lie", f"its answer failed the check {lie}; {self.lead.name} passed it")
+            self._suspect = None
+
+    def prefer(self, nodes: Iterable[Node], reason: str) -> bool:
+        """The best of these takes over, if the lead is none of them."""
+        fit = [node for node in self._nodes if node in set(nodes) and self.pool.usable(node)]
+        if not fit or self.lead in fit:
+            return False
+        self._take_over(fit[0], reason)
+        return True
+
+    def return_to_best(self) -> None:
+        """Back to a better endpoint that has rested, is live and on our chain: a fallback is for the time of need."""
+        now = asyncio.get_running_loop().time()
+        for node in self._nodes[: self._nodes.index(self.lead)]:
+            if self.pool.live(node) and node.seen is not None and node.seen.holds and self._rest_of(node) <= now:
+                self._take_over(node, "a better endpoint is back")
+                return
+        if not self.pool.usable(self.lead) and self.others:
+            self._take_over(self.others[0], "the one before is in quarantine")
+
+    def _rest_of(self, node: Node) -> float:
+        return self._rests.get(node, (0.0, 0))[0]
+
+    def _take_over(self, node: Node, reason: str) -> None:
+        if node is self.lead:
+            return
+        log.info(
+            "another endpoint takes over",
+            chain=self.pool.chain,
+            endpoint=node.name,
+            before=self.lead.name,
+            reason=reason,
+        )
+        if self.pool._metrics is not None:
+            self.pool._metrics.failovers.labels(self.pool.chain, node.name).inc()
+        self.lead = node
+
+    def _accuse(self, node: Node, lie: Lie) -> None:
+        """A check that fails at two endpoints is no lie of either: it is the chain that changed, or we are wrong."""
+        if self._suspect is not None and self._suspect[0] is not node and self._suspect[1].check == lie.check:
+            self._suspect = None
+            return
+        self._suspect = (node, lie)
+
+    # --------------------------------------------------------------------- who the chain is
+
+    async def identify(self) -> None:
+        """That the lead is our chain. Raises WrongChain where every endpoint is another, RpcError."""
+        while True:
+            try:
+                await self.pool.identify(self.lead)
+                return
+            except WrongChain as wrong:
+                if not self._wrong(wrong):
+                    raise
+
+    async def identify_again(self) -> None:
+        """The lead's chain id, whatever was known of it, and the rest where that is not known. Raises WrongChain, RpcError."""
+        while True:
+            try:
+                await check_chain_id(self.rpc, self.pool.chain, self.pool.chain_id)
+                if self.pool.several:
+                    await self.pool.identify(self.lead)
+                return
+            except WrongChain as wrong:
+                if not self._wrong(wrong):
+                    raise
+
+    async def introduce(
+        self, known: Hash32 | None, schedules: Mapping[tuple[int, Hash32], Schedule]
+    ) -> tuple[Hash32 | None, Schedule | None]:
+        """Genesis hash and schedule of the chain, by the first endpoint that shows them. `known`: the genesis that we hold.
+
+        Raises WrongChain, ScheduleMismatch (every endpoint contradicts), RpcError, Lie.
+        """
+        if known is None and self.pool.several:
+            known = await self._common_genesis()
+        self.pool.genesis = known
+        for attempt in range(len(self._nodes)):
+            last = attempt == len(self._nodes) - 1
+            try:
+                self.lead.identified = False
+                await self.identify()
+                schedule = await discover(self.rpc, self.pool.chain_id, self.pool.genesis, schedules)
+            except (ScheduleMismatch, RpcError, Lie) as error:
+                if last or not (self.failed(error) or self.others):
+                    raise
+            else:
+                self.pool.schedule = schedule
+                return self.pool.genesis, schedule
+        raise AssertionError("a pool without endpoints")
+
+    async def _common_genesis(self) -> Hash32 | None:
+        """At the very first start, when nothing is held yet: the block 0 that enough endpoints show."""
+        found: Counter[Hash32] = Counter()
+        answers = await asyncio.gather(*(node.rpc.genesis_hash() for node in self._nodes), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                if not isinstance(answer, RpcError):
+                    raise answer
+                continue
+            found[answer] += 1
+        return next((block_hash for block_hash, votes in found.most_common(1) if votes >= self.pool.quorum), None)
+
+    def _wrong(self, wrong: WrongChain) -> bool:
+        """Puts the lead aside as another chain's; False where nobody else is left."""
+        lead = self.lead
+        if not self.others or not self.pool.quarantine(lead, "wrong_chain", str(wrong)):
+            return False
+        self._take_over(self.others[0], str(wrong))
+        return True
+
+    # --------------------------------------------------------------------- asking
+
+    async def reaches(self, number: int) -> bool:
+        """Whether the lead has reported a head so high: a node is not asked above it (a gateway answers [] there)."""
+        if self.lead.head < number:
+            latest = await self.rpc.header("latest")
+            if latest is not None and latest.number is not None:
+                self.lead.reported(int(latest.number, 16), asyncio.get_running_loop().time())
+        return self.lead.head >= number
+
+    @property
+    def has_receipts(self) -> bool:
+        """Whether anybody may still offer eth_getBlockReceipts."""
+        return not all(node.no_receipts for node in (self.lead, *self.others))
+
+    async def receipts(self, block_hash: Hash32) -> list[RawReceipt] | None:
+        """Of the lead; where it has no such method, of the next that has. MethodMissing where nobody does."""
+        missing: MethodMissing | None = None
+        for node in (self.lead, *self.others):
+            if node.no_receipts:
+                continue
+            try:
+                return await node.rpc.receipts(block_hash)
+            except MethodMissing as error:
+                node.no_receipts, missing = True, error
+        raise missing or MethodMissing(
+            "no endpoint offers it", endpoint=self.rpc.name, method="eth_getBlockReceipts", params=""
+        )
