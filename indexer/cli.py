@@ -33,7 +33,7 @@ from indexer.commands.wiring import (
     plain,
     resolve_operation_id,
 )
-from indexer.config import Config, ConfigProblems, json_schema, load, unused
+from indexer.config import Config, ConfigProblems, json_schema, load
 from indexer.model.operation import State
 from indexer.store import chains, embedded, functions, overview, queries, schema, tokens
 from indexer.store.brands import IssuerMoved
@@ -378,7 +378,7 @@ def check_config(
             raise
         terminal.answer({"ok": False, "problems": [vars_of(problem) for problem in error.problems]}, True, str)
         raise typer.Exit(USAGE) from None
-    found = [str(warning) for warning in (*tree.warnings, *unused(tree))]
+    found = [str(warning) for warning in tree.warnings]
     tried = checking.try_endpoints(tree) if online else []
     problems = checking.problems_of(tried)
     terminal.answer(

@@ -23,7 +23,7 @@ from indexer.api.app import create_app
 from indexer.api.app import serve as serve_http
 from indexer.chain.position import configured_emitters
 from indexer.chain.runtime import ChainRuntime, Progress
-from indexer.config import Chain, Config, ConfigProblems, Problem, contradictions, unused
+from indexer.config import Chain, Config, ConfigProblems, Problem, contradictions
 from indexer.observation import SettlementObserver
 from indexer.partners.runtime import PartnerRuntime, accounts_of, asked_chains
 from indexer.reload import Reading, adopt
@@ -333,7 +333,7 @@ async def _reread(
     began = await units.become(works.units(adopted.config))
     for problem in adopted.refused:
         log.warning("not applied", setting=problem.where, reason=problem.what, hint=problem.hint)
-    for warning in (*adopted.config.warnings, *unused(adopted.config)):
+    for warning in adopted.config.warnings:
         log.warning("configuration", warning=str(warning))
     process.reading.applied(adopted.refused)
     log.info("the configuration was read again", restarted=began, refused=len(adopted.refused))

@@ -497,6 +497,12 @@ class FakeNode:
         self.chain.followers.remove(self._announce)
         await self.stop()
 
+    def move_to(self, chain: FakeChain) -> None:
+        """From now on it is a node of that chain."""
+        self.chain.followers.remove(self._announce)
+        self.chain = chain
+        chain.followers.append(self._announce)
+
     async def start(self) -> None:
         """Listen; after `stop`, again on the same port."""
         app = web.Application(client_max_size=64 * 2**20)

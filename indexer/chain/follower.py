@@ -22,7 +22,7 @@ from indexer.chain.feed import HeadFeed, Heads
 from indexer.chain.integrity import Lie, verify_header
 from indexer.chain.linkage import FinalityViolation, Reorganised, Unsettled
 from indexer.chain.logs import headers_of
-from indexer.chain.pool import Source
+from indexer.chain.pool import LAG, Source
 from indexer.chain.position import Mode, Position
 from indexer.chain.rpc import Rpc
 from indexer.chain.rpc_errors import BeyondHead, RpcError
@@ -134,8 +134,9 @@ class _Follower:
 
     @property
     def misled(self) -> bool:
-        """The socket tells of a branch that the endpoints do not show: they are polled."""
-        return self._strange >= DISTRUST
+        """The socket tells of a branch that the endpoints do not show, or is far behind them: they are polled."""
+        ours, lead = self._position.cursor_time_s, self._source.lead.time_s
+        return self._strange >= DISTRUST or (ours is not None and lead - ours > LAG)
 
     @property
     def behind(self) -> bool:

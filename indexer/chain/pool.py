@@ -43,6 +43,7 @@ REST: Final = (
     30.0,
 )  # seconds that an endpoint is not preferred after an error, by how often in a row
 UNFIT: Final = 600.0  # … after one that asking again does not change: too old for it, or no such method
+LAG: Final = 10  # seconds of chain that a leader may be behind another endpoint on our chain
 STUCK: Final = 30.0  # seconds without a new block after which an endpoint has no vote
 
 
@@ -72,7 +73,8 @@ class Node:
     rpc: Rpc
     role: Role = "primary"
     place: int = 0
-    head: int = -1  # the highest block that it reported
+    head: int = -1  # that it reported last
+    peak: int = -1  # … and the highest that it ever did
     advanced_at: float = 0.0
     identified: bool = False  # as our chain, since it last failed
     seen: Seen | None = None
@@ -87,8 +89,14 @@ class Node:
         return self.rpc.name
 
     def reported(self, head: int, now: float) -> None:
-        if head > self.head:
-            self.head, self.advanced_at = head, now
+        self.head = head
+        if head > self.peak:
+            self.peak, self.advanced_at = head, now
+
+    @property
+    def time_s(self) -> int:
+        """Block time of its head at the last look, in seconds."""
+        return 0 if self.seen is None else self.seen.latest.time_s
 
 
 class Pool:
@@ -252,15 +260,21 @@ class Source:
         self._take_over(fit[0], reason)
         return True
 
-    def return_to_best(self) -> None:
-        """Back to a better endpoint that has rested, is live and on our chain: a fallback is for the time of need."""
+    def reconsider(self) -> None:
+        """Away from a leader that lags; back to a better endpoint that has rested: a fallback is for the time of need."""
         now = asyncio.get_running_loop().time()
-        for node in self._nodes[: self._nodes.index(self.lead)]:
-            if self.pool.live(node) and node.seen is not None and node.seen.holds and self._rest_of(node) <= now:
-                self._take_over(node, "a better endpoint is back")
-                return
-        if not self.pool.usable(self.lead) and self.others:
+        fit = [node for node in self._nodes if self.pool.live(node) and node.seen is not None and node.seen.holds]
+        newest = max((node.time_s for node in fit), default=0)
+        fit = [node for node in fit if newest - node.time_s <= LAG]
+        if fit and self.lead.seen is not None and newest - self.lead.time_s > LAG:
+            self._take_over(fit[0], f"the one before is {newest - self.lead.time_s} s behind")
+        elif better := [node for node in fit if self._rest_of(node) <= now and self._before(node)]:
+            self._take_over(better[0], "a better endpoint is back")
+        elif not self.pool.usable(self.lead) and self.others:
             self._take_over(self.others[0], "the one before is in quarantine")
+
+    def _before(self, node: Node) -> bool:
+        return self._nodes.index(node) < self._nodes.index(self.lead)
 
     def _rest_of(self, node: Node) -> float:
         return self._rests.get(node, (0.0, 0))[0]

@@ -86,6 +86,7 @@ class Position:
         self._count = source.count
         self.schedule: Schedule | None = gatherer.schedule
         self.cursor = BlockRef(0, Hash32(b""))
+        self.cursor_time_s: int | None = None  # in this process
         self.floor = BlockRef(0, Hash32(b""))  # nothing at or below it is ever undone
         self._finalized: BlockRef | None = None
         self._orphan_above: int | None = None  # a rewind that waits for the first blocks of the new branch
@@ -236,12 +237,13 @@ class Position:
                 covered=step.covered,
                 mode=mode,
                 orphan_above=self._orphan_above,
+                agreed=self._source.pool.quorum == 1 or bool(self._agreed),
             )
         self._wakeups.poke(*(("facts", "heads") if done.events or done.orphaned_events else ("heads",)))
         if self._orphan_above is not None and self._metrics is not None:
             self._metrics.saw_reorganisation(self.chain.name, done.orphaned_blocks)
         self._orphan_above = None
-        self.cursor, self._mode = step.head.ref, mode
+        self.cursor, self._mode, self.cursor_time_s = step.head.ref, mode, step.head.time_s
         for token in step.rows.tokens:
             self.gatherer.speakers.learn(token)
         self.gatherer.filter = self.gatherer.filter | step.filter
@@ -387,7 +389,7 @@ class Position:
         if not pool.several:
             return
         found = witnesses.agreement(pool)
-        self._source.return_to_best()
+        self._source.reconsider()
         if found.height is None and len(found.apart) >= pool.quorum:
             self._source.prefer(found.apart, "most are on another branch")
         told = []
@@ -407,8 +409,9 @@ class Position:
         self._disagreed = 0 if found.height is not None else self._disagreed + 1
         async with self._lease.transaction() as conn:
             await chains.set_agreement(conn, self.chain.chain_id, found.height, told, lost=self._disagreed > 1)
-        if self._agreed is not (found.height is not None):
-            self._agreed = found.height is not None
+        agrees = found.height is not None
+        if self._agreed is not agrees and (agrees or self._disagreed > 1):
+            self._agreed = agrees
             names = [node.name for node in found.holders]
             if self._agreed:
                 log.info("endpoints agree", chain=self.chain.name, block=found.height, endpoints=names)

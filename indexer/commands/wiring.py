@@ -17,7 +17,7 @@ import msgspec
 import typer
 
 from indexer import terminal
-from indexer.config import Config, load, unused
+from indexer.config import Config, load
 from indexer.store import embedded, queries, schema
 from indexer.store.connection import Connection
 from indexer.store.database import Database
@@ -45,7 +45,7 @@ class Failure(Exception):
 def load_config(path: Path | None, embedded_database: bool) -> Config:
     """The configuration, its warnings told."""
     config = load(path, os.environ, embedded=embedded_database)
-    for warning in (*config.warnings, *unused(config)):
+    for warning in config.warnings:
         terminal.warn(str(warning))
     return config
 

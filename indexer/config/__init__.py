@@ -6,7 +6,7 @@ reads it.
 
 from __future__ import annotations
 
-from indexer.config.checks import contradictions, followed_chain, unused
+from indexer.config.checks import contradictions, followed_chain
 from indexer.config.load import load
 from indexer.config.schema import json_schema
 from indexer.config.tree import (
@@ -49,5 +49,4 @@ __all__ = [
     "followed_chain",
     "json_schema",
     "load",
-    "unused",
 ]

@@ -113,17 +113,6 @@ def warnings(config: Config) -> list[Problem]:
     return found
 
 
-def unused(config: Config) -> list[Problem]:
-    """What the configuration may say and this version does not act on: nobody shall rely on it."""
-    found: list[Problem] = []
-    for c, chain in enumerate(config.chains):
-        if len(chain.rpc) > 1 or chain.witnesses is not None:
-            found.append(
-                Problem(f"chains[{c}].rpc", "this version asks the first endpoint alone: none other witnesses yet")
-            )
-    return found
-
-
 def _of_chain(at: str, chain: Chain) -> Iterator[Problem]:
     hosts = [endpoint.name for endpoint in chain.rpc]
     if len(set(hosts)) < len(hosts):

@@ -117,10 +117,11 @@ async def commit_step(
     covered: Sequence[tuple[Verdict, int, int]],
     mode: Literal["socket", "polling"],
     orphan_above: int | None = None,
+    agreed: bool = True,
 ) -> Committed:
     """One step of the follower: un-confirm what a reorganisation undid, store the new blocks, move the cursor to `head`.
 
-    `covered` are (verdict, low, high) of the head lane. Readers see the old branch or the new one, never a hole.
+    `covered` are (verdict, low, high) of the head lane. `agreed`: as many endpoints hold our chain as must. Readers see the old branch or the new one, never a hole.
     """
     orphaned_blocks, orphaned_events, low, high = 0, 0, None, None
     if orphan_above is not None:
@@ -135,7 +136,7 @@ async def commit_step(
     await conn.execute(
         """
         UPDATE indexer.chain SET head_number = $2, head_hash = $3, head_time_ms = $4, head_at = clock_timestamp(), mode = $5,
-            linked_epoch = (SELECT epoch FROM indexer.lease WHERE task = 'follow:' || $1::bigint)
+            linked_epoch = CASE WHEN $6 THEN (SELECT epoch FROM indexer.lease WHERE task = 'follow:' || $1::bigint) END
         WHERE chain_id = $1
         """,
         chain_id,
@@ -143,6 +144,7 @@ async def commit_step(
         head.hash,
         head.time_ms,
         mode,
+        agreed,
     )
     await _announce(conn, chain_id, low, high, heads=True)
     return Committed(len(numbers), orphaned_blocks, orphaned_events)

@@ -150,7 +150,8 @@ chain = Table(
     Column("finalized_time_ms", BigInteger),
     Column("finalized_at", Time),
     Column("mode", Text),  # 'socket' | 'polling'
-    # epoch of the follower's lease that last linked a head to what is stored: facts of an epoch before may be undone unseen
+    # epoch of the follower's lease that last linked a head to what is stored: facts of an epoch before may be undone unseen; null
+    # while its endpoints do not agree
     Column("linked_epoch", BigInteger),
     Column("schedule", JSONB),  # {"l2_time": s, "first_fast_block": n} where blocks follow Base's schedule
     Column(

@@ -98,13 +98,12 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT c.quorum = 1 OR coalesce(c.agreed_at > clock_timestamp() - interval '30 seconds', false)
 $$;
 
--- Whether the chain's follower, under the lease it holds now, has linked a head to what is stored in the last 30 seconds, and the
--- endpoints agree on it. While not, stored blocks may have been undone unseen: facts go on, signals of readiness wait.
+-- Whether the chain's follower, under the lease it holds now, has linked a head to what is stored in the last 30 seconds, while the
+-- endpoints agreed on it. If not, stored blocks may have been undone unseen: facts go on, signals of readiness wait.
 CREATE OR REPLACE FUNCTION indexer.is_live(c indexer.chain) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT coalesce(c.head_at > clock_timestamp() - interval '30 seconds', false)
        AND l.epoch IS NOT DISTINCT FROM c.linked_epoch AND (l.task IS NULL OR l.until > clock_timestamp())
-       AND (c.quorum = 1 OR coalesce(c.agreed_at > clock_timestamp() - interval '30 seconds', false))
     FROM (SELECT 1) AS one LEFT JOIN indexer.lease l ON l.task = 'follow:' || c.chain_id
 $$;
 
@@ -121,8 +120,7 @@ CREATE OR REPLACE VIEW indexer.in_doubt AS
     LEFT JOIN indexer.lease t ON t.task = 'follow:' || c.chain_id
     WHERE c.latch IS NOT NULL
        OR NOT (coalesce(c.head_at > clock_timestamp() - interval '30 seconds', false)
-               AND t.epoch IS NOT DISTINCT FROM c.linked_epoch AND (t.task IS NULL OR t.until > clock_timestamp())
-               AND (c.quorum = 1 OR coalesce(c.agreed_at > clock_timestamp() - interval '30 seconds', false)));
+               AND t.epoch IS NOT DISTINCT FROM c.linked_epoch AND (t.task IS NULL OR t.until > clock_timestamp()));
 
 -- ------------------------------------------------------------------------------------------------ reading a request
 

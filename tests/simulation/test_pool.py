@@ -1,0 +1,311 @@
+"""Several endpoints of one chain: one leads, the next takes over, and nothing is undone, latched or signalled on one's word.
+
+Each node is a FakeNode on the same chain, or on a fork of it; the loops are the daemon's, over a real PostgreSQL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+
+from indexer.chain import pool as pool_of_endpoints
+from indexer.config import Chain
+from indexer.store.database import Database
+from tests.fake_node import FakeChain, FakeNode
+from tests.following import caught_up, chain_config, created, eventually, issued, stored, truth
+from tests.simulation.world import World
+
+MODES = pytest.mark.parametrize("socket", [True, False], ids=["socket", "polling"])
+
+
+def several(node: FakeNode, **settings: Any) -> Chain:
+    """The configuration of a chain with these nodes as its endpoints, `nodes` in their order."""
+    nodes = settings.pop("nodes")
+    rpc = [{"url": each.url} | settings.pop(f"rpc{place}", {}) for place, each in enumerate(nodes)]
+    return chain_config(node, rpc=rpc, **settings)
+
+
+@asynccontextmanager
+async def nodes_of(chain: FakeChain, count: int) -> AsyncIterator[list[FakeNode]]:
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(FakeNode(chain=chain)) for _ in range(count)]
+
+
+def world_of(database: Database, nodes: list[FakeNode], **settings: Any) -> World:
+    return World(database, nodes[0], confidence="included", chain=several, nodes=nodes, **settings)
+
+
+async def endpoints(world: World) -> dict[str, dict[str, Any]]:
+    """How each endpoint stands, by its name."""
+    told = await world.database.pool.fetchval("SELECT endpoints FROM indexer.chain")
+    return {each["name"]: each for each in told or []}
+
+
+async def standing(world: World, node: FakeNode, state: str, seconds: float = 20.0) -> str:
+    """Waits until the endpoint is said to stand so; the reason."""
+    name = f"127.0.0.1:{node.port}"
+
+    async def so() -> bool:
+        return (await endpoints(world)).get(name, {}).get("state") == state
+
+    try:
+        await eventually(so, seconds)
+    except TimeoutError:
+        raise AssertionError(f"{name} is not {state}: {await endpoints(world)}") from None
+    return str((await endpoints(world))[name]["reason"])
+
+
+async def agreed(world: World) -> bool:
+    return bool(await world.database.pool.fetchval("SELECT indexer.is_agreed(c) FROM indexer.chain c"))
+
+
+async def agree(world: World, wanted: bool = True) -> None:
+    async def so() -> bool:
+        return await agreed(world) is wanted
+
+    await eventually(so, what="agreement")
+
+
+def loyal(chain: FakeChain) -> FakeChain:
+    chain.mine([created(1)])
+    chain.mine(blocks=4)
+    return chain
+
+
+@MODES
+async def later_one_of_two_is_lost_and_comes_back(database: Database, socket: bool) -> None:
+    """Facts go on at the other one, a `ready` waits for the second witness, and leaves when it is there."""
+    async with nodes_of(loyal(FakeChain()), 2) as (first, second):
+        world = world_of(database, [first, second], socket=socket)
+        async with world.running():
+            await world.caught_up()
+            await agree(world)
+            one = await world.register(1)
+            first.mine([issued(1)])
+            await world.reaches(one, "ready")
+            await first.stop()
+            two = await world.register(2)
+            first.mine([issued(2)], 3)
+            await caught_up(database, second)
+            await agree(world, False)
+            assert "no connection" in await standing(world, first, "failing")
+            await world.looked()
+            assert await world.state(two) == "confirming" and await world.trace(two) == []
+            assert world.total("failovers_total") >= 1
+            await first.start()
+            await world.reaches(two, "ready")
+            await world.intact()
+            assert await world.trace(two) == ["ready"]
+
+
+@MODES
+async def test_a_minority_fork_undoes_nothing_and_is_put_aside(database: Database, socket: bool) -> None:
+    """The endpoint that leads goes over to a branch of its own: two others hold ours, so it is outvoted, with the reason."""
+    async with nodes_of(loyal(FakeChain()), 3) as nodes:
+        world = world_of(database, nodes, socket=socket)
+        async with world.running():
+            await world.caught_up()
+            await agree(world)
+            reference = await world.register(1)
+            nodes[0].mine([issued(1)], 2)
+            await world.reaches(reference, "ready")
+            ours = nodes[0].chain
+            fork = ours.fork()
+            nodes[0].move_to(fork)
+            fork.reorganise(3, [[issued(99)], [], [], []])
+            for n in range(5):
+                fork.mine()
+                ours.mine([issued(10 + n)])
+            await caught_up(database, nodes[1])
+            reason = await standing(world, nodes[0], "quarantined")
+            assert "it shows block" in reason and f"127.0.0.1:{nodes[1].port}" in reason
+            assert await stored(database) == truth(ours)
+            assert await world.trace(reference) == ["ready"]
+            assert world.total("reorganisations_total") == 0
+            assert world.sample("endpoint_quarantined", endpoint=f"127.0.0.1:{nodes[0].port}", reason="fork") == 1
+
+
+@MODES
+async def later_two_that_disagree_stop_signals_and_undo_nothing(database: Database, socket: bool) -> None:
+    """One against one: no rollback, no signal; when the first comes to the other's branch, both agree and it is followed."""
+    async with nodes_of(loyal(FakeChain()), 2) as nodes:
+        world = world_of(database, nodes, socket=socket)
+        async with world.running():
+            await world.caught_up()
+            await agree(world)
+            ready = await world.register(1)
+            nodes[0].mine([issued(1)], 2)
+            await world.reaches(ready, "ready")
+            ours = nodes[0].chain
+            fork = ours.fork()
+            nodes[1].move_to(fork)
+            fork.reorganise(3, [[issued(2)], [], [], []])
+            ours.mine([issued(3)], 2)
+            waits = await world.register(3)
+            await agree(world, False)
+            await caught_up(database, nodes[0])
+            await world.looked()
+            assert await world.trace(ready) == ["ready"] and await world.trace(waits) == []
+            # the first was wrong: it takes over the other's branch, event by event
+            ours.reorganise(len(ours.canonical) - 5, [[issued(2)], [], [], []])
+            nodes[1].move_to(ours)
+            ours.mine(blocks=3)
+            await world.caught_up()
+            await agree(world)
+            await world.intact()
+            await world.reaches(ready, "reverted")
+            assert await world.trace(ready) == ["ready", "reverted"]
+
+
+@MODES
+async def test_a_reorganisation_that_both_show_is_followed(database: Database, socket: bool) -> None:
+    async with nodes_of(loyal(FakeChain()), 2) as nodes:
+        world = world_of(database, nodes, socket=socket)
+        async with world.running():
+            await world.caught_up()
+            await agree(world)
+            reference = await world.register(1)
+            nodes[0].mine([issued(1)], 2)
+            await world.reaches(reference, "ready")
+            for depth in (1, 6):
+                nodes[0].reorganise(depth, [[issued(50 + depth)]] * (depth + 1))
+                nodes[0].mine()
+            await world.caught_up()
+            await world.intact()
+            await world.reaches(reference, "reverted")
+            assert await world.trace(reference) == ["ready", "reverted"]
+
+
+@MODES
+async def test_the_second_lags_behind_the_first(database: Database, socket: bool) -> None:
+    """What only the first shows is stored, and signalled when the second has come so far; it is not asked above its head."""
+    async with nodes_of(loyal(FakeChain()), 2) as nodes:
+        nodes[1].lag = 3
+        world = world_of(database, nodes, socket=socket)
+        async with world.running():
+            await world.caught_up()
+            await agree(world)
+            nodes[0].mine([issued(1)])
+            await world.caught_up()
+            head = nodes[1].head
+            asked = [
+                int(params[0], 16)
+                for method, params in nodes[1].asked
+                if method == "eth_getBlockByNumber" and params[0].startswith("0x")
+            ]
+            assert asked and max(asked) <= head
+            nodes[0].set_tags(safe=5, finalized=3)
+            nodes[1].safe, nodes[1].finalized = 2, 1
+
+            async def tags(safe: int, finalized: int) -> bool:
+                row = await database.pool.fetchrow("SELECT safe_number, finalized_number FROM indexer.chain")
+                return row is not None and tuple(row) == (safe, finalized)
+
+            await eventually(lambda: tags(2, 1), what="the lower of the two tags")
+            nodes[1].lag, nodes[1].safe, nodes[1].finalized = 0, -1, -1
+            await eventually(lambda: tags(5, 3), what="both tags")
+
+
+@MODES
+async def test_the_leader_of_two_falls_far_behind(database: Database, socket: bool) -> None:
+    """A node whose head is below ours undoes nothing, and the other one leads."""
+    async with nodes_of(loyal(FakeChain()), 2) as nodes:
+        world = world_of(database, nodes, socket=socket)
+        async with world.running():
+            nodes[0].mine([issued(1)], 10)
+            await world.caught_up()
+            await agree(world)
+            nodes[0].lag = 12
+            nodes[0].mine([issued(2)], 10)
+            await caught_up(database, nodes[1])
+            assert await stored(database) == truth(nodes[1].chain)
+            assert world.total("reorganisations_total") == 0
+
+
+@MODES
+@pytest.mark.parametrize("liars", [1, 2], ids=["one shows it", "two show it"])
+async def test_a_finality_violation_is_latched_only_when_enough_show_it(
+    database: Database, socket: bool, liars: int
+) -> None:
+    async with nodes_of(loyal(FakeChain()), 3) as nodes:
+        world = world_of(database, nodes, socket=socket)
+        async with world.running():
+            nodes[0].mine(blocks=20)
+            await world.caught_up()
+            await agree(world)
+            await world.tags(safe=15, finalized=12)
+            ours = nodes[0].chain
+            other = ours.fork()
+            other.reorganise(18, [[]] * 25)
+            other.safe, other.finalized = 20, 16
+            for node in nodes[:liars]:
+                node.move_to(other)
+            for _ in range(5):
+                ours.mine()
+                other.mine()
+            if liars == 1:
+                assert "it shows block" in await standing(world, nodes[0], "quarantined")
+                await caught_up(database, nodes[1])
+                assert await database.pool.fetchval("SELECT latch FROM indexer.chain") is None
+            else:
+                await world.problem("follow", "FinalityViolation", "finality violation on fake")
+                latch = await database.pool.fetchval("SELECT latch FROM indexer.chain")
+                names = [f"127.0.0.1:{node.port}" for node in nodes]
+                assert latch["theirs"]["endpoints"] == names[:2] and latch["ours"]["endpoints"] == names[2:]
+                assert latch["ours"]["number"] == 12 and latch["ours"]["hash"] == "0x" + ours.canonical[12].hash.hex()
+
+
+async def test_an_endpoint_of_another_chain_is_put_aside_and_all_of_them_are_an_error(database: Database) -> None:
+    async with nodes_of(loyal(FakeChain()), 2) as nodes, FakeNode(chain_id=1) as stranger, FakeNode() as reset:
+        reset.move_to(loyal(FakeChain(time_s=1_700_000_000)))  # the same id, and another genesis
+        world = world_of(database, [stranger, reset, *nodes], websocket=nodes[0].ws_url, chain_id=84532)
+        async with world.running():
+            nodes[0].mine([issued(1)])
+            await caught_up(database, nodes[0])
+            assert "serves chain 1" in await standing(world, stranger, "quarantined")
+            assert "another chain under the same id" in await standing(world, reset, "quarantined")
+            await agree(world)
+            assert await stored(database) == truth(nodes[0].chain)
+        alone = world_of(database, [stranger, reset], socket=False, chain_id=84532)
+        async with alone.running():
+            await alone.problem("follow", "WrongChain")
+
+
+@pytest.mark.parametrize(
+    ("method", "check"),
+    [("eth_getBlockByNumber", "header_hash"), ("eth_getBlockReceipts", "receipts_bloom")],
+)
+async def test_an_answer_that_fails_a_check_is_asked_again_elsewhere(
+    database: Database, monkeypatch: pytest.MonkeyPatch, method: str, check: str
+) -> None:
+    """The leader lies about headers or receipts: the other takes over, and the liar is put aside with the check; later it
+    is on probation."""
+    monkeypatch.setattr(pool_of_endpoints, "QUARANTINE", (1.0,))
+
+    def lie(_: Any, answer: Any) -> Any:
+        if isinstance(answer, list):
+            return answer[:-1]
+        return answer and answer | {"gasUsed": "0x7"}
+
+    async with nodes_of(loyal(FakeChain()), 2) as nodes:
+        world = world_of(database, nodes, socket=method == "eth_getBlockReceipts")
+        async with world.running():
+            await world.caught_up()
+            await agree(world)
+            nodes[0].lie(method, lie, times=None)
+            for n in range(4):
+                nodes[0].mine([issued(n)])
+                await caught_up(database, nodes[1])
+            name = f"127.0.0.1:{nodes[0].port}"
+            assert world.sample("rpc_lies_total", endpoint=name, check=check) >= 1
+            if check != "header_hash":  # a header that fails at each look is trouble already; it has no vote
+                assert check in await standing(world, nodes[0], "quarantined")
+            else:
+                assert check in await standing(world, nodes[0], "failing")
+            nodes[0].heal()
+            await standing(world, nodes[0], "live")
+            await agree(world)
+            await world.intact()
