@@ -58,6 +58,7 @@ async def fill_history(
     starts = Starts(chain, source, lambda: same_chain(task))
     second, rereading = SecondLook(task), Rereading(task)
     failures = 0
+    await source.pool.limits.load(lease.connection)
     while True:
         backfill = Backfill(task, report=report, parallel=parallel)
         try:
@@ -66,6 +67,7 @@ async def fill_history(
             await second.look()  # what `expired` waits for; the rest of this round is for the views and for people
             worked |= await rereading.work()
             await _say_complete(task, starts)
+            await source.pool.limits.save(lease)
             failures = 0
             if worked:
                 source.worked()

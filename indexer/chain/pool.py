@@ -16,6 +16,7 @@ from typing import Final, Literal
 import structlog
 
 from indexer.chain.integrity import Count, Lie, Outcome
+from indexer.chain.limits import Limits
 from indexer.chain.rpc import Rpc
 from indexer.chain.rpc_errors import MethodMissing, PrunedHistory, RpcError
 from indexer.chain.schedule import ScheduleMismatch, WrongChain, check_chain_id, check_genesis, discover
@@ -118,6 +119,7 @@ class Pool:
         self.schedule: Schedule | None = None
         self.ours: Callable[[int], BlockRef | None] = lambda _: None
         self._count, self._metrics = count, metrics
+        self.limits = Limits(chain_id, [node.rpc for node in nodes])
 
     @classmethod
     def of(cls, rpc: Rpc, chain_id: int, chain: str = "", count: Count | None = None) -> Pool:

@@ -125,6 +125,7 @@ class Position:
         if state is not None and state.latch is not None:
             ours, theirs = state.latch["ours"], state.latch["theirs"]
             raise FinalityViolation(chain.name, " and ".join(theirs["endpoints"]), _ref(ours), _ref(theirs))
+        await source.pool.limits.load(lease.connection)
         async with lease.transaction() as conn:
             await chains.ensure_chain(conn, chain.chain_id, chain.name, genesis, schedule)
             await chains.set_quorum(conn, chain.chain_id, source.pool.quorum)
@@ -357,6 +358,7 @@ class Position:
                 self._finalized = self.floor = finalized.ref
                 await self._prune(finalized.number)
             self._show_tags(safe if "safe" in moved else None, finalized if "finalized" in moved else None)
+        await self._source.pool.limits.save(self._lease)
         if self._orphan_above is None and await chains.any_unfollowed(self._lease.connection, self.chain.chain_id):
             await self._refresh()
             await self._take_in()

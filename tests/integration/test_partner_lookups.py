@@ -182,7 +182,9 @@ async def test_a_transaction_that_nobody_can_look_up_holds_up_no_other(database:
 
         async def run() -> None:
             async with Rpc(node.url, timeout=5) as rpc, Leases(database, ttl=15).hold("lookups:1") as lease:
-                await answer_lookups("fake", chain.chain_id, rpc, lease, wakeups, metrics=metrics)
+                await answer_lookups(
+                    "fake", chain.chain_id, Pool.of(rpc, chain.chain_id).source(), lease, wakeups, metrics=metrics
+                )
 
         running = asyncio.create_task(run())
         try:
