@@ -80,6 +80,7 @@ class History:
     legs: list[PartnerLeg]
     looks: list[list[PartnerTransfer]]
     decisions: list[Decision] = field(default_factory=list)
+    window: WalletRules = WINDOW
 
 
 def a_status(rng: random.Random) -> Status:
@@ -160,7 +161,7 @@ def may_settle(history: History, leg: PartnerLeg, record: PartnerTransfer) -> bo
     return (
         equal_terms(leg, record)
         and not record.undated
-        and leg.requested_at_ms - WINDOW.skew_ms <= at <= leg.requested_at_ms + WINDOW.window_ms
+        and leg.requested_at_ms - history.window.skew_ms <= at <= leg.requested_at_ms + history.window.window_ms
         and word_of(history, leg, record) is not False
     )
 
