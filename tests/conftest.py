@@ -33,6 +33,8 @@ import py_ecc  # noqa: E402, F401
 
 sys.setrecursionlimit(_limit)
 
+_ROOM = 4 * 2**30  # bytes; a worker needs some hundred megabytes
+
 _FOREIGN_ROLES = """
 DO $$
 DECLARE wanted text;
@@ -107,6 +109,17 @@ class Postgres:
         await self.execute(f"DROP DATABASE {name}")  # without FORCE the server itself asks the worker to leave
 
 
+def _memory() -> Path | None:
+    """Where files live in memory, if there is room: a database is a thousand small files, and each test has one of its own."""
+    memory = Path("/dev/shm")
+    try:
+        found = os.statvfs(memory)
+    except OSError:
+        return None
+    roomy = found.f_bavail * found.f_frsize >= _ROOM and not found.f_flag & os.ST_NOEXEC  # it holds the programs too
+    return memory if roomy and os.access(memory, os.W_OK) else None
+
+
 @pytest.fixture(scope="session")
 async def postgres() -> AsyncIterator[Postgres]:
     """One server per worker: embedded with fsync off, dying with this process; or the one of TEST_DATABASE_URL."""
@@ -121,11 +134,14 @@ async def postgres() -> AsyncIterator[Postgres]:
         finally:
             await server.drop_template()
         return
-    state = Path(tempfile.mkdtemp(prefix="indexer-test-"))  # short, and open to the account that runs the server
+    # short, and open to the account that runs the server
+    state = Path(tempfile.mkdtemp(prefix="indexer-test-", dir=_memory()))
     state.chmod(0o711)
     try:
         async with EmbeddedPostgres(
-            state, durable=False, settings={"shared_buffers": "64MB", "max_connections": "200"}
+            state,
+            durable=False,
+            settings={"shared_buffers": "64MB", "max_connections": "200", "max_wal_size": "256MB"},
         ) as embedded:
             yield Postgres(embedded.dsn("indexer"), embedded.dsn("indexer_owner"), embedded.pid)
     finally:

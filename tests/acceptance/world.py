@@ -347,7 +347,7 @@ class Daemon:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=inherited | {"PYTHONDONTWRITEBYTECODE": "1"} | dict(environ or {}),
+                env=inherited | dict(environ or {}),
                 cwd=Path(__file__).parents[2],
             )
         return cls(process, log, time.monotonic())
