@@ -204,7 +204,7 @@ async def begin(conn: asyncpg.Connection, rooms: Sequence[Room]) -> Turn:
              AND j.verdict IN ('superseded', 'dropped')
         ), begun AS (
           UPDATE indexer.delivery d
-             SET attempts = d.attempts + 1, begun_at = now(), ended_at = NULL, next_at = j.until, awaits = NULL
+             SET attempts = d.attempts + 1, begun_at = clock_timestamp(), ended_at = NULL, next_at = j.until, awaits = NULL
             FROM judged j
            WHERE d.brand = j.brand AND d.webhook = j.webhook AND d.signal_id = j.signal_id AND j.verdict = 'begin'
         ), operation AS (
