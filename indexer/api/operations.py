@@ -6,9 +6,12 @@ shape, brand and scope, and their answers are put into HTTP's words. Everything 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 from uuid import UUID
 
+import asyncpg
 import msgspec
 from aiohttp import web
 from msgspec import UNSET, Meta, UnsetType
@@ -17,7 +20,7 @@ from indexer.api import shapes
 from indexer.api.auth import brand_asked, may_act_for
 from indexer.api.bodies import json_response
 from indexer.api.contract import Answer, Call, Endpoint, NoQuery, given
-from indexer.api.problems import BAD_REQUEST, CLAIM_LAPSED, CONFLICT, NOT_FOUND, REVERTED, Problem
+from indexer.api.problems import BAD_REQUEST, CLAIM_LAPSED, CONFLICT, NOT_FOUND, REVERTED, UNPROCESSABLE, Problem
 from indexer.api.state import DATABASE, WAKEUPS
 from indexer.model.operation import State
 from indexer.store import cursors, functions, queries
@@ -113,9 +116,10 @@ async def fulfil(call: Call[NoQuery, FulfilRequest]) -> web.Response:
     app, operation_id, body = call.request.app, call.path_id(), call.body
     async with app[DATABASE].pool.acquire() as conn:
         await _own(conn, call.token, operation_id)
-        outcome = await functions.fulfil(
-            conn, operation_id, body.generation, call.text, body.claim, actor=_actor(call.token)
-        )
+        with _named_in_the_body("claim"):
+            outcome = await functions.fulfil(
+                conn, operation_id, body.generation, call.text, body.claim, actor=_actor(call.token)
+            )
     app[WAKEUPS].poke("registered")
     if outcome.outcome == "fulfilled":
         return json_response(outcome)
@@ -134,11 +138,23 @@ async def resolve(call: Call[NoQuery, ResolveRequest]) -> web.Response:
     app, operation_id, body = call.request.app, call.path_id(), call.body
     async with app[DATABASE].pool.acquire() as conn:
         await _own(conn, call.token, operation_id)
-        outcome = await functions.resolve(
-            conn, operation_id, body.evidence_id, body.accept, body.reason, _actor(call.token)
-        )
+        with _named_in_the_body("evidenceId"):
+            outcome = await functions.resolve(
+                conn, operation_id, body.evidence_id, body.accept, body.reason, _actor(call.token)
+            )
     app[WAKEUPS].poke("registered")
     return json_response(outcome)
+
+
+@contextmanager
+def _named_in_the_body(field: str) -> Iterator[None]:
+    """The path was found: what does not exist is what this field of the body names. 404 is for the path alone."""
+    try:
+        yield
+    except asyncpg.PostgresError as error:
+        if error.sqlstate != "LY404":
+            raise
+        raise Problem(UNPROCESSABLE, str(error.message), extra={"field": field}) from None
 
 
 def _actor(token: Token) -> str:
@@ -151,7 +167,8 @@ def _no_such_operation() -> Problem:
 
 async def _own(conn: Any, token: Token, operation_id: UUID) -> None:
     """What belongs to another brand does not exist for this token; an operation's brand never changes."""
-    if token.brand is not None and await queries.brand_of(conn, operation_id) != token.brand:
+    brand = await queries.brand_of(conn, operation_id)
+    if brand is None or token.brand not in (None, brand):
         raise _no_such_operation()
 
 

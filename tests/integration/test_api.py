@@ -361,7 +361,7 @@ async def test_fulfil_is_idempotent_and_a_reverted_generation_is_recorded_and_40
     [
         {}, {"generation": "1"}, {"generation": True}, {"generation": 0}, {"generation": 2**31}, {"generation": 1.5},
         {"generation": 1, "receipt": "paid"}, {"generation": 1, "receipt": {"a": "x" * 9000}}, {"generation": 1, "claim": "c"},
-        {"generation": 1, "recept": {}}, {"generation": 1, "receipt": None},
+        {"generation": 1, "recept": {}}, {"generation": 1, "receipt": None}, {"generation": 1, "claim": str(uuid4())},
     ],
 )  # fmt: skip
 async def test_a_fulfilment_that_cannot_be_is_422(refusing: Api, one_database: Database, body: dict[str, Any]) -> None:
@@ -375,7 +375,8 @@ async def test_resolve_records_the_decision_and_who_made_it(api: Api, database: 
     operation = (await api.call("POST", "/v1/operations", body=registration()))[1]
     path, evidence = f"/v1/operations/{operation['id']}", str(uuid4())
     decision = {"evidenceId": evidence, "accept": True, "reason": "the customer showed the receipt"}
-    assert (await api.call("POST", f"{path}/resolve", body=decision))[0] == 404
+    status, problem, _ = await api.call("POST", f"{path}/resolve", body=decision)
+    assert (status, problem["field"]) == (422, "evidenceId")  # 404 is for what the path names
     await database.pool.execute(
         "UPDATE indexer.operation SET state = 'conflict', detail = $1",
         {"conflicts": [{"leg": 0, "evidenceId": evidence}], "waitingFor": [{"leg": 0}]},

@@ -166,7 +166,7 @@ ONE_BY_ONE: dict[tuple[str, str], Provocation] = {
     ("fulfilOperation", "reverted"): at("/v1/operations/{reverted}/fulfil", body={"generation": 1}),
     ("fulfilOperation", "claim-lapsed"): _lapsed,
     ("resolveOperation", "not-found"): at(
-        "/v1/operations/{ready}/resolve", body={"evidenceId": str(uuid4()), "accept": True, "reason": "seen"}
+        f"/v1/operations/{uuid4()}/resolve", body={"evidenceId": str(uuid4()), "accept": True, "reason": "seen"}
     ),
     ("resolveOperation", "conflict"): at(
         "/v1/operations/{fulfilled}/resolve", body={"evidenceId": str(uuid4()), "accept": True, "reason": "seen"}
@@ -263,7 +263,8 @@ max-examples = 6
 [phases.coverage]
 unexpected-methods = ["DELETE"]
 [phases.stateful]
-enabled = false
+generation.max-examples = 2
+max-steps = 4
 [[operations]]
 include-operation-id = ["listOperations", "listPrograms", "listBalances", "listSignals"]
 [operations.checks.positive_data_acceptance]
@@ -275,7 +276,7 @@ expected-statuses = ["2xx", 400, 403, 409, 422]
 [[operations]]
 include-operation-id = ["fulfilOperation", "resolveOperation"]
 [operations.checks.positive_data_acceptance]
-expected-statuses = ["2xx", 400, 404, 409]
+expected-statuses = ["2xx", 400, 404, 409, 422]
 """
 
 
