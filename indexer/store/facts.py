@@ -26,6 +26,7 @@ _KEY = {field: ", ".join(table.key) for field, table in EVENT_TABLES.items()}
 _BLOCK, _LOG_INDEX, _BLOCK_HASH = (  # the leading columns are the same everywhere
     _COLUMNS["movements"].index(column) for column in ("block_number", "log_index", "block_hash")
 )
+_UNDOING = 3600.0  # seconds for one statement, however deep: cut off, it would begin anew for ever. The lease is kept meanwhile
 _SMALL = 200  # rows up to which single upserts in a pipeline beat COPY
 
 # The names come from the declaration, never from outside. A row that returns (the branch won after all) is canonical again.
@@ -240,7 +241,11 @@ async def _new_tokens(conn: asyncpg.Connection, chain_id: int, programmes: Seque
 
 
 async def _unconfirm(conn: asyncpg.Connection, chain_id: int, ancestor: int) -> tuple[int, int, int | None, int | None]:
-    """Marks blocks and events above `ancestor`; answers (blocks, events, lowest and highest block with such an event)."""
+    """Marks blocks and events above `ancestor`; answers (blocks, events, lowest and highest block with such an event).
+
+    One statement at any depth: 216,000 headers and 100,000 events are seconds for PostgreSQL and nothing for us, while in batches
+    readers would see states that no chain ever had (docs/performance.md).
+    """
     # block_canonical_idx; the primary keys of the event tables
     row = await conn.fetchrow(
         """
@@ -264,6 +269,7 @@ async def _unconfirm(conn: asyncpg.Connection, chain_id: int, ancestor: int) -> 
         """,
         chain_id,
         ancestor,
+        timeout=_UNDOING,
     )
     assert row is not None
     # safe is monotone but for this: what was safe on the branch that lost is not safe

@@ -16,10 +16,11 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import backfill, partners, pull, reorganisations, settlement, webhooks, workers
+from tests.bench import backfill, following, partners, pull, reorganisations, settlement, webhooks, workers
 
 BENCHES = {
     "backfill": backfill,
+    "following": following,
     "reorganisations": reorganisations,
     "settlement": settlement,
     "pull": pull,

@@ -188,7 +188,7 @@ class _World:
     async def _register(self) -> None:
         async with self.database.pool.acquire() as conn:
             for nonce in range(1, self.branches.events + 1):
-                await conn.fetchval("SELECT loyalty.register_operation($1)", _request(nonce))
+                await conn.fetchval("SELECT loyalty.register_operation($1)", request_of(nonce))
 
     async def _hold_every_header(self) -> None:
         """As following by socket leaves it: every header above finalized, and the verdict of the gate."""
@@ -211,7 +211,8 @@ class _World:
         return {row["type"].partition(".")[2]: row["n"] for row in rows}
 
 
-def _request(nonce: int) -> dict[str, Any]:
+def request_of(nonce: int) -> dict[str, Any]:
+    """The operation that `issued(nonce)` settles."""
     leg = {
         "kind": "loyfin.issuance",
         "chainId": "84532",
