@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from itertools import count
 from typing import Any
 from uuid import UUID
 
 import pytest
 from structlog.testing import capture_logs
+from typer.testing import CliRunner
 
+from indexer.cli import app
 from indexer.config import Config
 from indexer.daemon import serve
 from indexer.partners.balances import partner_balances
@@ -24,6 +28,7 @@ from indexer.sandbox.partners.loyfin import LoyfinApi
 from indexer.sandbox.partners.movement import AT_ONCE, Course, Pace
 from indexer.sandbox.partners.qiibee import BASE, Qiibee
 from indexer.store.database import Database
+from tests.integration import test_views as views
 from tests.partner_office import BRAND, KEY
 
 pytestmark = pytest.mark.xdist_group("partner-daemon")
@@ -57,7 +62,9 @@ async def running(config: Config, reread: Callable[[], Config] | None = None) ->
         await asyncio.wait_for(task, 20)
 
 
-async def test_balances_are_asked_for_on_demand(tmp_path: Any) -> None:
+async def test_balances_are_asked_for_on_demand_and_shown_in_one_table(
+    database: Database, dsn: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keyban = Keyban(seed=1, clock=time.time, keys=[KEY])
     qiibee = Qiibee(seed=2, clock=time.time, keys=[KEY])
     account, user = keyban.open_account(), qiibee.enrol()
@@ -78,6 +85,32 @@ async def test_balances_are_asked_for_on_demand(tmp_path: Any) -> None:
             ("qiibee", "25", "provider", None),
         ]
         assert await partner_balances(config, keyban=account.wallet, brand="other") == []
+
+        # one holder, three ledgers, one table
+        async with database.pool.acquire() as conn:
+            ledger = views.World(conn, count(1000))
+            await conn.execute("INSERT INTO indexer.chain (chain_id, name) VALUES ($1, 'base')", views.CHAIN)
+            await conn.execute("INSERT INTO indexer.brand (name) VALUES ($1)", BRAND)
+            await conn.execute("INSERT INTO indexer.issuer (address, brand) VALUES ($1, $2)", views.ISSUER, BRAND)
+            await ledger.programme(name="Petals")
+            await ledger.movement("issuance", views.ALICE, 4321)
+        written = tmp_path / "indexer.toml"
+        written.write_text(
+            f'state_dir = "{tmp_path}"\n[database]\nurl = "{dsn}"\n[[brands]]\nname = "{BRAND}"\n'
+            + "".join(
+                f"[brands.{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in section.items())
+                for name, section in sections.items()
+            )
+        )
+        monkeypatch.setenv("COLUMNS", "200")
+        words = ["balances", "0x" + views.ALICE.hex(), "--keyban", account.wallet, "--qiibee", user.auth_id]
+        words += ["--config", str(written)]
+        shown = await asyncio.to_thread(CliRunner().invoke, app, words)
+        assert shown.exit_code == 0, (shown.output, shown.exception)
+        lines = [line for line in shown.stdout.splitlines() if any(f" {n} " in line for n in ("4321", "7200", "25"))]
+        assert ["Petals" in lines[0], "keyban" in lines[1], "qiibee" in lines[2]] == [True] * 3 and len(lines) == 3
+        told = json.loads((await asyncio.to_thread(CliRunner().invoke, app, [*words, "--json"])).stdout)
+        assert [row["balance"] for row in [*told["data"], *told["partners"]]] == ["4321", "7200", "25"]
         qiibee.weather.begin("expired")
         (refused,) = await partner_balances(config, qiibee=user.auth_id)
         assert refused.balance is None and refused.problem is not None and "the key is not accepted" in refused.problem
