@@ -461,6 +461,36 @@ async def test_listings_that_grow_while_they_are_read_starve_nobody(database: Da
             await asyncio.gather(running, return_exceptions=True)
 
 
+async def test_a_listing_of_all_that_never_stands_still_is_given_up_for_one_by_one(database: Database) -> None:
+    time = Time()
+    partner = simulator(time)
+    accounts = [partner.open_account() for _ in range(30)]
+    async with office(database, partner, time, name="keyban") as desk:
+        for _ in range(270):
+            partner.stranger()
+        original = partner._orders
+
+        def orders(request: Request) -> Reply:
+            if "walletId" not in request.query:
+                partner.stranger()
+            return original(request)
+
+        partner._orders = orders  # type: ignore[method-assign]
+        for account in accounts:
+            await desk.register(mint(account.wallet, 7), reference=account.wallet)
+            partner.mint(account, 7, AT_ONCE)
+        running = asyncio.create_task(desk.keyban(poll=0.2).run())
+        try:
+            async with asyncio.timeout(20):
+                while await database.pool.fetchval("SELECT count(*) FROM indexer.partner_wallet") < len(accounts):
+                    await asyncio.sleep(0.02)
+            await _settles(desk, len(accounts))
+            assert [endpoint for endpoint, _ in desk.requests].count("orders_all") <= 3 * 4
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+
 async def test_wallets_at_rest_that_cannot_be_read_go_behind_the_others(database: Database) -> None:
     time = Time()
     partner = simulator(time)
