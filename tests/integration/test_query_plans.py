@@ -92,9 +92,9 @@ class Watched:
         async with self._judged(sql, args):
             return await self.conn.fetch(sql, *args)
 
-    async def fetchrow(self, sql: str, *args: Any) -> asyncpg.Record | None:
+    async def fetchrow(self, sql: str, *args: Any, timeout: float | None = None) -> asyncpg.Record | None:
         async with self._judged(sql, args):
-            return await self.conn.fetchrow(sql, *args)
+            return await self.conn.fetchrow(sql, *args, timeout=timeout)
 
     async def fetchval(self, sql: str, *args: Any) -> Any:
         async with self._judged(sql, args):
