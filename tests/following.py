@@ -68,16 +68,20 @@ def issued(
     factory: bytes = FACTORY,
     emitter: bytes | None = None,
     redeem: bool = False,
+    *,
+    holder: bytes = b"\x40" * 20,
+    operation_hash: bytes | None = None,
+    bucket: int = 0,
 ) -> LogSpec:
     data = encode(
         ["address", "address", "uint256", "uint256", "bytes32", "bytes32", "bytes"],
         [
             "0x" + token_of(n, factory).hex(),
-            "0x" + "40" * 20,
-            0,
+            "0x" + holder.hex(),
+            bucket,
             amount,
             nonce.to_bytes(32, "big"),
-            hashlib.sha256(b"op%d" % nonce).digest(),
+            hashlib.sha256(b"op%d" % nonce).digest() if operation_hash is None else operation_hash,
             b"",
         ],
     )

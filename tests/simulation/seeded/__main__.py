@@ -1,0 +1,135 @@
+"""`python -m tests.simulation.seeded --seeds 200`: plays seeds, prints those that fail, and how to play one again."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import faulthandler
+import os
+import pickle
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+if os.environ.get("PYTHONHASHSEED") != "0":  # sets of strings are walked in the same order in every run
+    os.execve(
+        sys.executable,
+        [sys.executable, "-m", "tests.simulation.seeded", *sys.argv[1:]],
+        os.environ | {"PYTHONHASHSEED": "0"},
+    )
+
+from tests.simulation.seeded import run  # isort: skip  - replaces the clocks before the product is imported
+
+from tests.simulation.seeded.postgres import SimulatedPostgres
+from tests.simulation.seeded.world import Verdict
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("tests.simulation.seeded", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=0, help="how many, from --first on")
+    parser.add_argument("--first", type=int, default=1)
+    parser.add_argument("--seed", type=int, action="append", default=[], help="this one alone; may be repeated")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--verbose", action="store_true", help="the daemons' own log too")
+    parser.add_argument("--trace", action="store_true", help="every step of the trace")
+    parser.add_argument("--timeout", type=float, default=120.0, help="real seconds after which a seed has failed")
+    parser.add_argument("--profile", action="store_true")
+    return parser.parse_args()
+
+
+def _child(seed: int, owner: str, daemon: str, options: argparse.Namespace, pipe: int) -> None:
+    """Forked: a fresh copy of a process that has done nothing yet."""
+    began = time.process_time()
+    asyncio._set_running_loop(None)
+    faulthandler.dump_traceback_later(options.timeout, exit=True)
+    try:
+        if options.profile:
+            import cProfile
+            import pstats
+
+            profile = cProfile.Profile()
+            verdict = profile.runcall(run.play, seed, owner, daemon, verbose=options.verbose, lines=options.trace)
+            pstats.Stats(profile).sort_stats("tottime").print_stats(35)
+        else:
+            verdict = run.play(seed, owner, daemon, verbose=options.verbose, lines=options.trace)
+    except BaseException:
+        verdict = Verdict(seed, [traceback.format_exc()], "")
+    verdict.figures["cpu_seconds"] = round(time.process_time() - began, 2)
+    with os.fdopen(pipe, "wb") as out:
+        pickle.dump(verdict, out)
+    os._exit(0)
+
+
+async def _one(seed: int, owner: str, daemon: str, options: argparse.Namespace) -> Verdict:
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        try:
+            _child(seed, owner, daemon, options, writing)
+        finally:
+            os._exit(1)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as inbox:
+        data = await asyncio.to_thread(inbox.read)
+    await asyncio.to_thread(os.waitpid, pid, 0)
+    await run.drop(pid, owner)
+    died = Verdict(seed, ["its process died: see above"], "", figures={"cpu_seconds": 0.0})
+    return pickle.loads(data) if data else died
+
+
+async def _worker(
+    waiting: list[int], options: argparse.Namespace, migrating: asyncio.Lock, report: Callable[[Verdict], None]
+) -> None:
+    """Plays seeds one after the other on a server of its own: what others do in a cluster shows in the order of rows."""
+    state = Path(tempfile.mkdtemp(prefix="indexer-simulation-"))
+    state.chmod(0o711)
+    settings = {"shared_buffers": "128MB", "autovacuum": "off", "max_connections": "200", "log_min_messages": "fatal"}
+    try:
+        async with SimulatedPostgres(state, durable=False, settings=settings) as server:
+            owner = server.dsn("indexer_owner", "DB").replace("/DB?", "/{}?")
+            daemon = server.dsn("indexer", "DB").replace("/DB?", "/{}?")
+            async with migrating:  # Alembic has one context per process
+                await run.prepare(owner)
+            while waiting:
+                report(await _one(waiting.pop(), owner, daemon, options))
+    finally:
+        shutil.rmtree(state, ignore_errors=True)
+
+
+async def _all(options: argparse.Namespace) -> int:
+    seeds = options.seed or list(range(options.first, options.first + options.seeds))
+    waiting, failed, began = list(reversed(seeds)), list[Verdict](), time.monotonic()
+    struck: Counter[str] = Counter()
+    migrating, cpu = asyncio.Lock(), 0.0
+
+    def report(verdict: Verdict) -> None:
+        nonlocal cpu
+        struck.update(verdict.struck)
+        cpu += verdict.figures["cpu_seconds"]
+        line = " ".join(f"{key}={value}" for key, value in verdict.figures.items())
+        print(f"seed {verdict.seed}: {'FAILED' if verdict.wrong else 'ok'} {verdict.trace[:12]} {line}", flush=True)
+        if verdict.wrong:
+            failed.append(verdict)
+            for what in verdict.wrong[:12]:
+                print(f"    {what}")
+        if options.trace:
+            print("\n".join(verdict.tail))
+
+    await asyncio.gather(*(_worker(waiting, options, migrating, report) for _ in range(min(options.jobs, len(seeds)))))
+    print(f"{len(seeds)} seeds in {time.monotonic() - began:.0f} s ({cpu:.0f} s of Python), {len(failed)} failed")
+    print("struck: " + ", ".join(f"{name} {count}" for name, count in sorted(struck.items())))
+    for verdict in failed:
+        print(f"again: make simulate SEED={verdict.seed}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(_all(_parse())))

@@ -1,0 +1,549 @@
+"""One seed: a chain, its nodes, the brand's shop, a PostgreSQL, and daemons that are frozen and killed; then the verdict.
+
+The daemons are `indexer.daemon.serve` itself, with its HTTP server, leases and LISTEN. Nothing of the product is replaced but
+the clocks, the order of what is outstanding, and time's effect on PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import random
+import signal
+from collections import Counter
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+from aiohttp import web
+
+from indexer import daemon
+from indexer.chain import schedule as schedules
+from indexer.config import Config
+from indexer.model.types import Hash32, Schedule
+from indexer.store.database import Database
+from tests import oracle
+from tests.fake_node import FakeNode
+from tests.following import FACTORY, ISSUER
+from tests.receiver import Received, Receiver
+from tests.simulation.seeded import faults
+from tests.simulation.seeded.loop import Process, VirtualLoop
+from tests.simulation.seeded.network import Network
+from tests.simulation.seeded.postgres import Link, Server, failure
+from tests.simulation.seeded.story import (
+    BRAND,
+    CHAIN_ID,
+    FIRST_FAST,
+    Expected,
+    Story,
+    Tx,
+    created,
+    hexa,
+    rfc3339,
+    transferred,
+)
+
+SECRET = "whsec_" + base64.b64encode(b"a secret of the simulation's").decode()
+ACTIVE = (30.0, 70.0)  # virtual seconds of trouble
+QUIET = 240.0  # virtual seconds at most until everything must have come to rest
+LEASE = 15.0
+
+
+@dataclass
+class Verdict:
+    """What the oracle found, and what happened on the way."""
+
+    seed: int
+    wrong: list[str]
+    trace: str
+    struck: Counter[str] = field(default_factory=Counter)
+    moved: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    tail: list[str] = field(default_factory=list)
+
+
+class World:
+    def __init__(self, loop: VirtualLoop, seed: int, url: str) -> None:
+        self.loop, self.seed, self.url = loop, seed, url
+        self.rng = random.Random(f"world {seed}")
+        self.story = Story(loop, seed)
+        self.network = loop.network = Network(
+            loop, seed, slow=self.rng.choice([0.1, 0.3, 0.6]), latency=self.rng.choice([0.002, 0.02, 0.1])
+        )
+        self.server: Server = loop.postgres
+        self.struck: Counter[str] = Counter()
+        self.processes: list[Process] = []
+        self.metrics: list[Any] = []
+        self.born = 0
+        self.kills = 0
+        self.nodes: list[FakeNode] = []
+        self.receiver = Receiver(self.answer)
+        self.database: Database
+        self.config: Config
+        self.sick_receiver = 0.0
+        self.slow_receiver = 0.0
+        self.calm = False
+        self.polling = self.rng.random() < 0.4
+        self.handed: set[tuple[str, int]] = set()
+
+    # ------------------------------------------------------------------ the daemons
+
+    def configuration(self) -> Config:
+        story, rng = self.story, self.rng
+        chain: dict[str, Any] = {
+            "name": "fake",
+            "chain_id": CHAIN_ID,
+            "rpc": [{"url": node.url} for node in self.nodes],
+            "factories": [{"address": hexa(FACTORY), "start_block": 0}],
+            "second_look_seconds": rng.choice([0.0, 5.0]),
+            "verify_calls_per_second": rng.choice([2.0, 20.0]),
+            "tags_seconds": rng.choice([2.0, 5.0]),
+        }
+        if not self.polling:
+            chain["websocket"] = self.nodes[0].ws_url
+        demand = {"confidence": story.demand.confidence}
+        if story.demand.confidence == "confirmed":
+            demand["seconds"] = story.demand.seconds  # type: ignore[assignment]
+        brand = {
+            "name": BRAND,
+            "issuers": [hexa(ISSUER)],
+            "policies": [demand],
+            "unmatched_since": "2020-01-01T00:00:00Z",
+            "webhooks": [
+                {
+                    "name": "shop",
+                    "url": self.receiver.url + "/hook",
+                    "secrets": [SECRET],
+                    "allow": ["127.0.0.0/8"],
+                    "events": ["*"],
+                }
+            ],
+        }
+        return Config.model_validate(
+            {
+                "state_dir": "/nonexistent",
+                "database": {"url": self.url, "lease_seconds": LEASE, "pool_size": 4},
+                "http": {"listen": "127.0.0.1:0"},
+                "chains": [chain],
+                "brands": [brand],
+            }
+        )
+
+    def start(self) -> Process:
+        self.born += 1
+
+        async def life() -> None:
+            while True:  # as systemd would
+                try:
+                    await daemon.serve(self.config)
+                    return
+                except Exception as error:
+                    self.loop.note("serve failed", type(error).__name__)
+                    faults.remember(self, error)
+                    await asyncio.sleep(1.0)
+
+        process = self.loop.spawn(f"daemon{self.born}", life)
+        self.processes.append(process)
+        return process
+
+    def kill(self, process: Process) -> None:
+        self.kills += 1
+        process.kill()
+        self.processes.remove(process)
+
+    # ------------------------------------------------------------------ the brand
+
+    async def answer(self, received: Received) -> web.StreamResponse | bytes | None:
+        rng = self.rng
+        if not self.calm and rng.random() < self.slow_receiver:
+            self.struck["F124 slow answer"] += 1
+            await asyncio.sleep(rng.choice([0.5, 5.0, 9.0]))
+        lost = not self.calm and rng.random() < self.sick_receiver
+        if lost:
+            what = rng.choice(["F120", "F122", "F123", "F125", "500", "drop"])
+            self.struck[f"{what} receiver"] += 1
+            if what == "F120":  # taken, and the answer never comes
+                self.take(received)
+                await asyncio.sleep(12.0)
+            elif what == "F122":
+                return web.Response(status=429, headers={"Retry-After": rng.choice(["1", "3"])})
+            elif what == "F123":
+                return web.Response(status=301, headers={"Location": "http://169.254.169.254/"})
+            elif what == "F125":
+                self.take(received)
+                return web.Response(status=200, text='{"error": "no"}')
+            elif what == "500":
+                return web.Response(status=500)
+            return None
+        self.take(received)
+        return web.Response(status=204)
+
+    def take(self, received: Received) -> None:
+        """The shop: hands over on `ready`, sooner or later, sometimes never."""
+        if received.type != "operation.ready" or self.rng.random() < 0.3:
+            return
+        data = received.json["data"]
+        key = (data["operation"]["reference"], int(data["generation"]))
+        if key not in self.handed:
+            self.handed.add(key)
+            self.loop.outside(self.fulfil(*key, data["operation"]["id"]), "fulfil")
+
+    async def fulfil(self, reference: str, generation: int, operation: str) -> None:
+        await asyncio.sleep(self.rng.choice([0.0, 1.0, 10.0]))
+        said = await self.tell("SELECT loyalty.fulfil($1, $2, $3)", UUID(operation), generation, {"by": "the shop"})
+        if said is not None:
+            expected = next(each for each in self.story.operations if each.reference == reference)
+            expected.receipts.add(generation)
+
+    async def tell(self, query: str, *args: object) -> Any:
+        """A call of the brand's, repeated until it is answered; None where it is refused."""
+        for _ in range(50):
+            try:
+                async with self.database.pool.acquire() as conn:
+                    return await conn.fetchval(query, *args)
+            except (asyncpg.SerializationError, asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError):
+                await asyncio.sleep(0.5)
+            except asyncpg.PostgresError as refused:
+                if str(refused.sqlstate).startswith("LY"):
+                    return None
+                raise
+        raise AssertionError("the brand is never answered")
+
+    async def register(self, reference: str, legs: list[dict[str, Any]], requested_at: float | None) -> None:
+        expected = Expected(reference, legs, self.story.demand)
+        request: dict[str, Any] = {"brand": BRAND, "reference": reference, "legs": legs}
+        if requested_at is not None:
+            request["requestedAt"] = rfc3339(requested_at)
+        said = await self.tell("SELECT loyalty.register_operation($1)", request)
+        assert said is not None, request
+        expected.id = said["id"]
+        self.story.operations.append(expected)
+
+    async def trade(self, number: int) -> None:
+        """One operation: signed, registered, mined, in some order, with some accident."""
+        story, rng = self.story, self.rng
+        legs, actions = [], []
+        deadline = 0 if rng.random() < 0.7 else int(self.loop.wall) + rng.choice([4, 10, 25])
+        match = rng.choices(["nonce", "operation_hash", "wallet_amount"], [6, 2, 2])[0]
+        count = 2 if rng.random() < 0.15 else 1
+        for index in range(count):
+            amount = 1000 + 10 * number + index if match == "wallet_amount" else rng.choice([10, 20, 250])
+            action = story.action(deadline=deadline, amount=amount)
+            leg = action.terms()
+            if match == "nonce":
+                leg["nonce"] = hexa(action.nonce.to_bytes(32, "big"))
+                leg["operationHash"] = hexa(action.hash)
+            elif match == "operation_hash":
+                leg["operationHash"] = hexa(action.hash)
+            else:
+                leg["match"] = "wallet_amount"
+            if rng.random() < 0.07 and match != "wallet_amount":
+                leg["amount"] = str(action.amount + 1)  # not what was signed
+                self.struck["other terms"] += 1
+            legs.append(leg)
+            actions.append(action)
+        reference = f"op-{number}"
+        begun = self.loop.wall
+        early = rng.random() < 0.65
+        if early:
+            await self.register(reference, legs, None if rng.random() < 0.5 else begun - rng.choice([0, 5]))
+        for action in actions:
+            if rng.random() < 0.9:
+                story.send(Tx(action.log(), action.deadline, (action,)), rng.choice([0.0, 0.5, 3.0, 8.0]))
+        if not early:
+            self.struck["registered late"] += 1
+            await asyncio.sleep(rng.choice([0.5, 4.0, 15.0]))
+            await self.register(reference, legs, begun - 1)
+        if rng.random() < 0.1:
+            await asyncio.sleep(rng.choice([0.0, 3.0]))
+            expected = next(each for each in story.operations if each.reference == reference)
+            said = await self.tell("SELECT loyalty.cancel($1)", UUID(expected.id))
+            expected.cancelled = said is not None
+            self.struck["cancelled"] += 1
+
+    # ------------------------------------------------------------------ trouble
+
+    async def commerce(self, until: float) -> None:
+        for number in range(1, self.rng.randint(8, 22)):
+            self.loop.outside(self.trade(number), f"trade {number}")
+            await asyncio.sleep(self.rng.expovariate(1 / 2.5))
+            if self.loop.now > until:
+                return
+
+    async def unrest(self, until: float) -> None:
+        """The chain's own troubles."""
+        story, rng = self.story, self.rng
+        while self.loop.now < until:
+            await asyncio.sleep(rng.expovariate(1 / 6.0))
+            what = rng.choices(
+                ["one", "two", "ten", "deep", "back", "shorter", "twice", "halt", "programme", "same height"],
+                [5, 3, 3, 1, 2, 2, 2, 1, 2, 2],
+            )[0]
+            if what in ("one", "two", "ten", "deep"):
+                self.struck[f"F06 reorganisation, {what}"] += 1
+                story.reorganise({"one": 1, "two": 2, "ten": 10, "deep": 130}[what], rng.choice([0, 0, 1, 3]))
+            elif what == "back":
+                self.struck["F07 there and back"] += 1
+                await story.there_and_back()
+            elif what == "shorter":
+                self.struck["F12 a shorter chain"] += 1
+                story.reorganise(rng.choice([3, 8]), -rng.choice([1, 3, 8]))
+            elif what == "twice":
+                self.struck["F09 two reorganisations"] += 1
+                story.reorganise(rng.choice([1, 4]))
+                await asyncio.sleep(rng.choice([0.0, 0.05, 0.4]))
+                story.reorganise(rng.choice([2, 6]))
+            elif what == "same height":
+                self.struck["F13 replaced at the same height"] += 1
+                story.reorganise(1, 0)
+            elif what == "halt":
+                self.struck["F14 the chain halts"] += 1
+                story.halted = True
+                await asyncio.sleep(rng.choice([5.0, 40.0]))
+                story.halted = False
+            else:
+                self.struck["F15d created and used in one block"] += 1
+                story.programmes += 1
+                n = story.programmes
+                log = story.action(programme=n).log()
+                story.send(Tx(rng.choice([[transferred(n), created(n), log], [created(n), transferred(n)]])))
+                if rng.random() < 0.5:
+                    story.send(Tx(transferred(n)), 1.0)
+
+    async def misfortune(self, until: float) -> None:
+        """Processes die, freeze, and lose their sessions."""
+        rng = self.rng
+        while self.loop.now < until:
+            await asyncio.sleep(rng.expovariate(1 / 9.0))
+            alive = [process for process in self.processes if process.runs]
+            if not alive:
+                continue
+            process = rng.choice(alive)
+            what = rng.choices(["kill", "freeze", "second", "session", "stop", "lease"], [4, 2, 2, 3, 1, 1])[0]
+            if what == "kill":
+                self.struck["F90 killed"] += 1
+                self.kill(process)
+                self._later(rng.choice([0.1, 3.0, 20.0]), self._ensure)
+            elif what == "freeze":
+                self.struck["F94 frozen"] += 1
+                process.freeze()
+                if len(self.processes) < 2:
+                    self.start()
+                self._later(rng.choice([1.0, 8.0, 40.0]), process.thaw)
+            elif what == "second" and len(self.processes) < 2:
+                self.struck["F95 two leaders"] += 1
+                self.start()
+            elif what == "session":
+                links = [link for link in self.server.links if link.process is process and link.pid]
+                if links:
+                    self.struck["F91 a session ends"] += 1
+                    self.server.end(rng.choice(links).pid)
+            elif what == "stop":
+                self.struck["stopped in good order"] += 1
+                process.signals[signal.SIGTERM]() if signal.SIGTERM in process.signals else None
+                self.processes.remove(process)
+                self._later(rng.choice([0.5, 5.0]), self._ensure)
+            elif what == "lease":
+                self.struck["F94 a lease lapses"] += 1
+                self.server.set_clock()
+                self.server.ask(
+                    "UPDATE indexer.lease SET until = clock_timestamp() - interval '1 second' WHERE task = "
+                    f"'{rng.choice(['settle', 'number', 'deliver', f'follow:{CHAIN_ID}', f'history:{CHAIN_ID}'])}'"
+                )
+
+    def _later(self, seconds: float, act: Any) -> None:
+        async def later() -> None:
+            await asyncio.sleep(seconds)
+            act()
+
+        self.loop.outside(later(), "later")
+
+    def _ensure(self) -> None:
+        if not self.processes:
+            self.start()
+
+    def meddle(self, link: Link, sql: str) -> str | bytes | None:
+        """What the line to the database does to one statement."""
+        if self.calm:
+            return None
+        rng = self.server.rng
+        chance = rng.random()
+        if sql.startswith("COMMIT"):
+            if chance < 0.004:
+                self.struck["F91 COMMIT lost"] += 1
+                return "lost"
+            if chance < 0.012:
+                self.struck["F91 COMMIT unacknowledged"] += 1
+                return "unacknowledged"
+            if chance < 0.016:
+                self.struck["F90 killed at COMMIT"] += 1
+                return self._dies(link, after=rng.random() < 0.5)
+            if chance < 0.019:
+                self.struck["F92 serialization failure"] += 1
+                return failure("40001", "could not serialize access")
+        elif link.status == "T" and chance < 0.0008:
+            self.struck["F92 deadlock"] += 1
+            return failure("40P01", "deadlock detected")
+        elif link.status == "T" and chance < 0.0014:
+            self.struck["F96 disk full"] += 1
+            return failure("53100", "could not extend file: No space left on device")
+        elif link.status == "T" and chance < 0.0022:
+            self.struck["F90 killed in a transaction"] += 1
+            return self._dies(link, after=rng.random() < 0.5)
+        return None
+
+    def _dies(self, link: Link, *, after: bool) -> str:
+        process = link.process
+        assert process is not None
+
+        def die() -> None:
+            if process in self.processes and process.state != "dead":
+                self.kill(process)
+                self._later(self.rng.choice([0.1, 3.0]), self._ensure)
+
+        self.loop.call_soon(die)
+        return "unacknowledged" if after else "lost"
+
+    # ------------------------------------------------------------------ one run
+
+    async def run(self) -> list[str]:
+        loop, story, rng = self.loop, self.story, self.rng
+        async with AsyncExitStack() as stack:
+            story.found()
+            genesis = Hash32(story.chain.canonical[0].hash)
+            schedules.BASE[CHAIN_ID, genesis] = Schedule(story.chain.time_s, FIRST_FAST)  # type: ignore[index]
+            for _ in range(faults.ENDPOINTS):
+                self.nodes.append(await stack.enter_async_context(FakeNode(chain=story.chain)))
+            await stack.enter_async_context(self.receiver.open())
+            self.database = await Database.connect(self.url, pool_size=3, check_schema=False)
+            self.config = self.configuration()
+            self.server.meddle = self.meddle
+            tasks = [asyncio.create_task(story.live(), name="chain")]
+            self.start()
+            if rng.random() < 0.3:
+                self.start()
+            while not await self.database.pool.fetchval("SELECT count(*) FROM indexer.chain"):
+                await asyncio.sleep(0.5)
+            until = loop.now + rng.uniform(*ACTIVE)
+            self.sick_receiver, self.slow_receiver = rng.choice([0.0, 0.1, 0.4]), rng.choice([0.0, 0.1])
+            troubles = [self.commerce(until), self.unrest(until)]
+            if rng.random() < 0.75:
+                troubles.append(self.misfortune(until))
+            troubles += [faults.sicken(self, node, until) for node in self.nodes]
+            await asyncio.gather(*(asyncio.create_task(trouble) for trouble in troubles))
+            wrong = await self.rest()
+            for task in tasks:
+                task.cancel()
+            return wrong
+
+    async def rest(self) -> list[str]:
+        """The faults cease; the chain goes on until all is finalized; then everything must be as the truth says."""
+        story = self.story
+        self.calm = True
+        story.halted = False
+        for node in self.nodes:
+            node.heal()
+            node.lag = 0
+        self.network.slow = 0.1
+        for process in list(self.processes):
+            process.thaw()
+        await asyncio.sleep(30.0)
+        self._ensure()
+        for _ in range(20):
+            if not story.waiting:
+                break
+            await asyncio.sleep(1.0)
+        deadline = max((int(leg["deadline"]) for each in story.operations for leg in each.legs), default=0)
+        await asyncio.sleep(max(0.0, deadline + 2 - self.loop.wall))
+        story.halted = True
+        await asyncio.sleep(1.0)
+        head = story.chain.head.number
+        story.chain.safe = story.chain.finalized = head
+        story.remember()
+        began, wrong = self.loop.now, ["never judged"]
+        while wrong and self.loop.now < began + QUIET:
+            await asyncio.sleep(10.0)
+            wrong = await self.judge()
+        return wrong
+
+    async def judge(self) -> list[str]:
+        story = self.story
+        async with self.database.pool.acquire() as conn:
+            wrong = oracle.judge_facts(story.truth(), await oracle.read_facts(conn, CHAIN_ID))
+            wrong += await oracle.judge_database(conn)
+            wrong += oracle.judge_states(
+                {e.reference: story.expected(e) for e in story.operations}, await oracle.read_states(conn, BRAND)
+            )
+            wrong += oracle.judge_ready(await self._told_ready(conn), story.moments, grace=faults.GRACE)
+            wrong += await self._judge_deliveries(conn)
+            unnumbered = await conn.fetchval("SELECT count(*) FROM indexer.outbox WHERE sequence IS NULL")
+            if unnumbered:
+                wrong.append(f"{unnumbered} signals have no number")
+        return wrong
+
+    async def _told_ready(self, conn: asyncpg.Connection) -> list[oracle.Ready]:
+        rows = await conn.fetch(
+            "SELECT payload, extract(epoch FROM created_at)::float8 AS at FROM indexer.outbox"
+            " WHERE type IN ('operation.ready', 'operation.restored') ORDER BY position"
+        )
+        legs = {each.reference: each.legs for each in self.story.operations}
+        told = []
+        for row in rows:
+            data = row["payload"]["data"]
+            reference = data["operation"]["reference"]
+            bases = tuple(
+                oracle.Basis(
+                    {
+                        k: v
+                        for k, v in legs[reference][found["leg"]].items()
+                        if k not in ("chainId", "deadline", "match")
+                    },
+                    bytes.fromhex(found["blockHash"][2:]),
+                    found["logIndex"],
+                    self.story.demand,
+                )
+                for found in data["evidence"]
+            )
+            told.append(oracle.Ready(reference, round(row["at"], 6), bases))
+        return told
+
+    async def _judge_deliveries(self, conn: asyncpg.Connection) -> list[str]:
+        known = {row["id"] for row in await conn.fetch("SELECT id FROM indexer.outbox")}
+        requests = [each for each in self.receiver.requests if each.path == "/hook"]
+        received = [(each.id, UUID(each.operation), each.sequence) for each in requests if each.operation]
+        wrong = oracle.judge_received(received, known)
+        taken_back = {
+            row["supersedes"]: row["at"] + faults.GRACE
+            for row in await conn.fetch(
+                "SELECT supersedes, extract(epoch FROM created_at)::float8 AS at FROM indexer.outbox WHERE supersedes IS NOT NULL"
+            )
+        }
+        wrong += oracle.judge_deliveries(
+            await oracle.read_deliveries(conn, "shop"),
+            {each.id for each in requests},
+            taken_back,
+            most_attempts=13,
+            cut_off=100,
+            dead_allowed=False,
+        )
+        if self.receiver.overlaps > 0 and not self.struck["F94 frozen"]:
+            wrong.append(f"{self.receiver.overlaps} times two attempts for one operation ran at once")
+        return wrong
+
+
+def figures(world: World) -> dict[str, Any]:
+    return {
+        "virtual_seconds": round(world.loop.now, 1),
+        "steps": world.loop.steps,
+        "round_trips": world.server.round_trips,
+        "blocks": world.story.chain.head.number,
+        "operations": len(world.story.operations),
+        "reorganised": world.story.reorganised,
+        "deepest": world.story.deepest,
+        "processes": world.born,
+        "kills": world.kills,
+        "requests": sum(node.requests for node in world.nodes),
+        "deliveries": len(world.receiver.requests),
+    }

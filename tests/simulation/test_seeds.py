@@ -1,0 +1,25 @@
+"""A handful of seeds of the simulation (docs/simulation.md): each ends as the truth says, and one played twice is the same to the byte."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def play(*arguments: str, expect: int = 0) -> list[tuple[int, str, str]]:
+    """(seed, ok or FAILED, hash of its trace) of each seed, in a process of its own."""
+    command = [sys.executable, "-m", "tests.simulation.seeded", "--jobs", "1", *arguments]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == expect, done.stdout[-6000:] + done.stderr[-3000:]
+    found = re.findall(r"^seed (\d+): (ok|FAILED) ([0-9a-f]+)", done.stdout, re.MULTILINE)
+    return [(int(seed), word, trace) for seed, word, trace in found]
+
+
+def test_seeds_end_as_the_truth_says_and_twice_in_the_same_way() -> None:
+    played = play("--seed", "3", "--seed", "4", "--seed", "3")
+    assert [(seed, word) for seed, word, _ in played] == [(3, "ok"), (4, "ok"), (3, "ok")]
+    assert played[0][2] == played[2][2] != played[1][2]
