@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 
 from indexer.chain.limits import EVERY, Limits
 from indexer.chain.rpc import Rpc
@@ -10,7 +11,17 @@ from indexer.chain.spans import Learned
 from indexer.store.database import Database
 from indexer.store.leases import Leases
 from tests.fake_node import FakeNode
-from tests.following import FACTORY, issued
+from tests.following import (
+    FACTORY,
+    caught_up,
+    chain_config,
+    created,
+    eventually,
+    following,
+    history_filled,
+    issued,
+)
+from tests.simulation.world import World
 
 CHAIN = 84532
 
@@ -93,3 +104,55 @@ async def test_what_another_process_stored_tightens_ours(database: Database) -> 
 
 async def rows(database: Database) -> list[dict[str, object]]:
     return [dict(row) for row in await database.pool.fetch("SELECT * FROM indexer.endpoint_limits")]
+
+
+async def test_a_daemon_that_starts_again_asks_for_no_more_than_went_through(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("indexer.chain.limits.EVERY", 0.0)
+    async with FakeNode(max_span=7) as node:
+        node.mine([created(1)], 3)
+        for n in range(60):
+            node.mine([issued(n)])
+        node.set_tags(safe=60, finalized=50)
+        world = World(database, node)
+        async with world.running():
+            await world.caught_up()
+            await history_filled(database, CHAIN)
+
+            async def kept() -> bool:
+                return any(row["limits"]["max_span"] == 7 for row in await rows(database))
+
+            await eventually(kept)
+        node.asked.clear()
+        for n in range(60, 90):
+            node.mine([issued(n)])
+        node.set_tags(safe=85, finalized=80)
+        async with world.running():
+            await world.caught_up()
+            await history_filled(database, CHAIN)
+            await world.intact()
+        asked = [params[0] for method, params in node.asked if method == "eth_getLogs" and "fromBlock" in params[0]]
+        assert asked
+        assert max(int(query["toBlock"], 16) - int(query["fromBlock"], 16) for query in asked) < 7
+
+
+async def test_a_daemon_learns_by_polling_too(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head's own range is what most plans limit."""
+    monkeypatch.setattr("indexer.chain.limits.EVERY", 0.0)
+    async with FakeNode(max_span=5) as node:
+        node.mine(blocks=5)
+        async with following(database, node, chain_config(node, socket=False)):
+            await caught_up(database, node)
+            node.mine([issued(1)], 40)
+            await caught_up(database, node)
+
+            async def kept() -> bool:
+                return any(row["limits"]["max_span"] == 5 for row in await rows(database))
+
+            await eventually(kept)
+            node.asked.clear()
+            node.mine([issued(2)], 40)
+            await caught_up(database, node)
+        asked = [params[0] for method, params in node.asked if method == "eth_getLogs"]
+        assert asked and max(int(query["toBlock"], 16) - int(query["fromBlock"], 16) for query in asked) < 5
