@@ -28,12 +28,13 @@ class Process:
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
+        self.known: dict[str, object] = {"version": "0.1.0", "tasks": ["settle"]}
 
     def unready(self) -> Sequence[str]:
         return self.reasons
 
     def process(self) -> Mapping[str, object]:
-        return {"version": "0.1.0", "tasks": ["settle"]}
+        return self.known
 
 
 class Api:

@@ -104,6 +104,8 @@ async def status(call: Call[NoQuery, None]) -> web.Response:
     async with app[DATABASE].pool.acquire() as conn:
         seen = await overview(conn, call.token.brand)
     own = {"wakeups": app[WAKEUPS].status, **app[STATUS].process()}
+    if call.token.brand is not None:  # tasks, and what is wrong with a file, are named for every brand
+        own = {key: own[key] for key in ("wakeups", "version", "holder", "startedAt") if key in own}
     return json_response(Status(**msgspec.structs.asdict(seen), process=own))
 
 

@@ -183,7 +183,8 @@ class Leases:
         if row["held"] and not (row["holder"] == self.holder and row["epoch"] == self._let_go.get(task)):
             return None
         connection = await self._database.session(
-            f"indexer:{task}",
+            # whoever may connect may read it: not the brands that a poller's task is named for
+            f"indexer:{':'.join(task.split(':')[:2])}",
             # a frozen holder's locks fall before its lease does
             settings={"idle_in_transaction_session_timeout": f"{int(self.ttl * 400)}ms"},
         )

@@ -132,7 +132,9 @@ _UNSENT = """
 
 
 async def overview(conn: Connection, brand: str | None = None) -> Overview:
-    """The installation as of one instant; `brand` narrows what is told of signals to one brand's."""
+    """The installation as of one instant; `brand` narrows what is told of signals to one brand's, and leaves out leases that are
+    named for brands (the pollers').
+    """
     async with conn.transaction(isolation="repeatable_read", readonly=True):
         row = await conn.fetchrow(
             """
@@ -156,8 +158,9 @@ async def overview(conn: Connection, brand: str | None = None) -> Overview:
         leases = await conn.fetch(
             """
             SELECT task, holder, epoch, until, holder IS NOT NULL AND coalesce(until > clock_timestamp(), false) AS held
-            FROM indexer.lease ORDER BY task
-            """
+            FROM indexer.lease WHERE $1::text IS NULL OR task NOT LIKE 'poll:%' ORDER BY task
+            """,
+            brand,
         )
     return Overview(
         now=row["now"],

@@ -443,6 +443,14 @@ async def test_a_brands_token_sees_and_moves_its_own_alone(api: Api, database: D
     assert await database.pool.fetchval("SELECT cancelled_at FROM indexer.operation") is None
     bloom = await token_for(database, "bloom")
     assert len((await api.call("GET", "/v1/operations", token=bloom))[1]["data"]) == 1
+    # nor does the state of the installation name anybody else: pollers' leases and tasks carry brands in their names
+    await database.pool.execute("INSERT INTO indexer.lease (task) VALUES ('poll:keyban:bloom+rose')")
+    api.process.known["tasks"] = {"poll rose keyban": {"problem": "rose's key is refused"}}
+    assert "rose" in json.dumps((await api.call("GET", "/v1/status"))[1])
+    status, told, _ = await api.call("GET", "/v1/status", token=bloom)
+    assert (status, told["process"]) == (200, {"wakeups": "polling", "version": "0.1.0"}) and "rose" not in json.dumps(
+        told
+    )
 
 
 # ------------------------------------------------------------------------------------------------ load

@@ -29,6 +29,7 @@ from indexer.model.matching import WalletRules
 from indexer.settlement.rules import BrandRules, PartnerAccount
 from indexer.store import schema, signals, sql_users
 from indexer.store.database import Database
+from indexer.store.leases import Leases
 from indexer.store.wakeups import TOPICS, channel
 from tests.conftest import Postgres
 from tests.world import CHAIN, FACTORY, ISSUER, LOYALTY_ID, World, hexa
@@ -478,6 +479,15 @@ async def test_notifications_carry_no_data(estate: Estate, mine: asyncpg.Connect
     finally:
         await other.close()
     assert {payload for _, payload in heard} == {""}
+
+
+async def test_the_daemons_sessions_name_no_brand(mine: asyncpg.Connection, database: Database) -> None:
+    # anybody may read how the sessions of others call themselves
+    async with Leases(database).hold(f"poll:keyban:{THEIRS}"), Leases(database).hold("follow:8453"):
+        names = await mine.fetch("SELECT application_name FROM pg_stat_activity WHERE datname = current_database()")
+    told = {row["application_name"] for row in names}
+    assert {"indexer:poll:keyban", "indexer:follow:8453"} <= told
+    assert not [name for name in told if THEIRS in name]
 
 
 async def test_a_login_that_is_tied_to_no_brand_sees_and_does_nothing(estate: Estate) -> None:
