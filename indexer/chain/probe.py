@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -25,6 +26,8 @@ from indexer.model.types import Header, hex0x
 DAY: Final = 86_400
 SPANS: Final = (1, 10, 100, 1_000, 2_000, 10_000, 50_000)  # blocks, tried upwards until one is refused
 SAMPLE: Final = 100  # newest headers, for the pace and for what the gate lets through
+LOOK: Final = 6  # calls of one look at an endpoint, where several witness for each other
+SHORT: Final = 30.0  # seconds of chain in one range, below which history costs too much
 STALE: Final = 60.0  # seconds behind the clock from which a head is called old
 
 
@@ -42,6 +45,7 @@ class Seen:
     receipts: bool | None = None
     batches: bool | None = None
     largest_span: int | None = None
+    calls_per_day: dict[str, int] = field(default_factory=dict)  # by mode of following, what it is asked
     problems: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
@@ -57,7 +61,7 @@ class Socket:
 
 @dataclass(slots=True)
 class Probe:
-    """One chain tried: its endpoints, its socket, and estimated JSON-RPC calls a day by mode of following."""
+    """One chain tried: its endpoints, its socket, and estimated JSON-RPC calls a day by mode of following, at all endpoints."""
 
     chain: str
     endpoints: list[Seen]
@@ -85,12 +89,14 @@ async def probe(chain: Chain, decoder: Decoder, *, timeout: float = 10.0) -> Pro
     headers = max((trial.headers for trial in trials), key=len)
     pace = _pace(headers)
     spans = [each.largest_span for each in seen if each.largest_span]
+    calls = _calls(chain, headers, pace, decoder)
+    _share(chain, seen, calls, pace)
     return Probe(
         chain.name,
         list(seen),
         websocket,
         pace,
-        _calls(chain, headers, pace, decoder),
+        {mode: sum(each.calls_per_day[mode] for each in seen) for mode in calls},
         _history(chain, max((each.head or 0 for each in seen), default=0), max(spans, default=0)),
     )
 
@@ -218,8 +224,8 @@ def _pace(headers: list[Header]) -> float | None:
 
 
 def _calls(chain: Chain, headers: list[Header], pace: float | None, decoder: Decoder) -> dict[str, int]:
-    """By mode: what following asks for, with the share of blocks that the gate lets through as in the sample."""
-    tags = 2 * DAY / chain.tags_seconds
+    """By mode: what following asks the endpoint that leads, with the share of blocks that the gate lets through as in the sample."""
+    tags = 0.0 if len(chain.rpc) > 1 else 2 * DAY / chain.tags_seconds
     calls = {"polling": round(4 * DAY / chain.poll_seconds + tags)}
     if pace is None or not headers:
         return calls
@@ -230,6 +236,26 @@ def _calls(chain: Chain, headers: list[Header], pace: float | None, decoder: Dec
     calls["socket"] = round(blocks * admitted + tags)
     calls["every-header"] = round(blocks * (1 + admitted) + DAY / chain.poll_seconds + tags)
     return calls
+
+
+def _share(chain: Chain, seen: Sequence[Seen], calls: dict[str, int], pace: float | None) -> None:
+    """Gives each endpoint its part, and remarks where its plan is too small for it."""
+    rank = {"primary": 0, "fallback": 1, "archive": 2}
+    lead = min(range(len(seen)), key=lambda place: (rank[chain.role_of(place)], place))
+    looks = round(LOOK * DAY / chain.tags_seconds) if len(seen) > 1 else 0
+    mode = "socket" if chain.websocket else "polling" if chain.follow == "auto" else "every-header"
+    for place, (endpoint, each) in enumerate(zip(chain.rpc, seen, strict=True)):
+        each.calls_per_day = {name: looks + (number if place == lead else 0) for name, number in calls.items()}
+        needed = each.calls_per_day.get(mode, 0) / DAY
+        if endpoint.requests_per_second is not None and needed > endpoint.requests_per_second:
+            each.remarks.append(
+                f"{each.endpoint}: following asks about {needed:.1f} calls a second, requests_per_second allows "
+                f"{endpoint.requests_per_second:g}: raise poll_seconds or tags_seconds, or take a larger plan"
+            )
+        if pace is not None and each.largest_span is not None and each.largest_span * pace < SHORT:
+            each.remarks.append(
+                f"{each.endpoint} answers for {each.largest_span * pace:.2g} s of chain at once: history and outages take very many calls"
+            )
 
 
 def _history(chain: Chain, head: int, span: int) -> int | None:

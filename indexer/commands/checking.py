@@ -42,6 +42,8 @@ def online_text(chains: list[dict[str, Any]]) -> str:
                 f"    answers    receipts {_shown(seen['receipts'])}, batches {_shown(seen['batches'])}, "
                 f"logs of {_shown(seen['largest_span'])} blocks at once",
             ]
+            if len(chain["endpoints"]) > 1 and seen["calls_per_day"]:
+                lines.append(f"    calls      a day, about: {_by_mode(seen['calls_per_day'])}")
             lines += [f"    remark     {remark}" for remark in seen["remarks"]]
         if (socket := chain["websocket"]) is not None:
             first = socket["first_head_seconds"]
@@ -51,12 +53,15 @@ def online_text(chains: list[dict[str, Any]]) -> str:
         pace = chain["seconds_per_block"]
         if pace is not None:
             lines.append(f"  a block every {pace:.2g} s")
-        calls = ", ".join(f"{mode} {number:,}" for mode, number in chain["calls_per_day"].items())
-        lines.append(f"  calls a day, about: {calls}")
+        lines.append(f"  calls a day, about: {_by_mode(chain['calls_per_day'])}")
         if chain["history_calls"] is not None:
             lines.append(f"  calls for history, once, about: {chain['history_calls']:,}")
         lines += [f"  PROBLEM: {problem}" for problem in chain["problems"]]
     return "\n".join(lines)
+
+
+def _by_mode(calls: dict[str, int]) -> str:
+    return ", ".join(f"{mode} {number:,}" for mode, number in calls.items())
 
 
 def _shown(value: str | int | bool | None) -> str:

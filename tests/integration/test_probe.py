@@ -50,6 +50,24 @@ async def mine_on(node: FakeNode) -> None:
         node.mine()
 
 
+async def test_each_endpoint_is_told_its_part_of_the_calls() -> None:
+    async with FakeNode() as node, FakeNode(chain=node.chain, max_span=10) as other:
+        node.mine([created(1)], 300)
+        node.set_tags(safe=290, finalized=280)
+        endpoints = [
+            {"url": other.url, "role": "fallback"},
+            {"url": node.url, "requests_per_second": 50, "role": "primary"},
+        ]
+        found = await probed(node, socket=False, rpc=endpoints)
+        assert found.problems == []
+        witness, lead = found.endpoints
+        looks = 6 * 86_400 * 10
+        assert (witness.calls_per_day["polling"], lead.calls_per_day["polling"]) == (looks, looks + 4 * 86_400 * 20)
+        assert found.calls_per_day["polling"] == 2 * looks + 4 * 86_400 * 20
+        assert any("140.0 calls a second, requests_per_second allows 50" in remark for remark in lead.remarks)
+        assert any("answers for 20 s of chain at once" in remark for remark in witness.remarks)
+
+
 async def test_what_fails_is_said(tmp_path: Path) -> None:
     async with FakeNode(max_span=100) as node:
         node.mine([created(1)], 300)
