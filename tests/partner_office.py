@@ -4,6 +4,7 @@ test starts: looks are taken one by one.
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import AsyncIterator
@@ -155,3 +156,15 @@ async def office(
         lease = await stack.enter_async_context(Leases(database, ttl=30.0).hold(f"poll:{name}:{BRAND}"))
         desk = Desk(account, client, lease, wakeups, metrics, clock)
         yield Office(desk, database, hosted, metrics, time, requests)
+
+
+@asynccontextmanager
+async def at_work(desk: Desk, poller: KeybanPoller) -> AsyncIterator[None]:
+    """The poller's own loop, until the body ends; then it is stopped between two transactions, which keeps the lease."""
+    running = asyncio.create_task(poller.run())
+    try:
+        yield
+    finally:
+        async with desk.lease._busy:
+            running.cancel()
+        await asyncio.gather(running, return_exceptions=True)

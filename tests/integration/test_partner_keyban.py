@@ -17,7 +17,7 @@ from indexer.sandbox.partners.movement import AT_ONCE, STUCK, Course
 from indexer.sandbox.partners.wire import Reply, Request, answer
 from indexer.store.database import Database
 from indexer.store.partner_accounts import Account, OpenWallet
-from tests.partner_office import BRAND, KEY, Office, Time, office
+from tests.partner_office import BRAND, KEY, Office, Time, at_work, office
 
 
 def simulator(time: Time, **given: object) -> Keyban:
@@ -345,8 +345,7 @@ async def test_a_poller_finds_what_is_registered_while_it_runs(database: Databas
     accounts = [partner.open_account() for _ in range(30)]
     async with office(database, partner, time, name="keyban") as desk:
         desk.desk.clock = type(desk.desk.clock)()
-        running = asyncio.create_task(desk.keyban().run())
-        try:
+        async with at_work(desk.desk, desk.keyban()):
             for number, account in enumerate(accounts):
                 partner.mint(account, 10, AT_ONCE if number else STUCK)
                 await desk.register(mint(account.wallet, 10), reference=f"r{number}")
@@ -355,9 +354,6 @@ async def test_a_poller_finds_what_is_registered_while_it_runs(database: Databas
                 while len([t for t in await desk.transfers() if t["status"] == "succeeded"]) < 29:
                     await asyncio.sleep(0.05)
             assert "orders_all" in {endpoint for endpoint, _ in desk.requests}  # many were due at once: one listing
-        finally:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
 
 
 async def _settles(desk: Office, wallets: int, within: float = 20.0) -> None:
@@ -388,8 +384,7 @@ async def test_a_wallet_that_is_refused_holds_up_no_other(database: Database, st
             partner.mint(account, 10, AT_ONCE)
             await desk.register(mint(account.wallet, 10), reference=account.wallet)
         started = desk.desk.clock.now()
-        running = asyncio.create_task(desk.keyban(poll=0.2).run())
-        try:
+        async with at_work(desk.desk, desk.keyban(poll=0.2)):
             await _settles(desk, 10)
             assert desk.desk.clock.now() - started < 10, "nobody waits for a probe"
             (shown,) = await desk.rows("SELECT problem, stopped_reason FROM indexer.partner_account")
@@ -403,9 +398,6 @@ async def test_a_wallet_that_is_refused_holds_up_no_other(database: Database, st
             await _settles(desk, 12)
             await desk.desk.note_health()
             assert (await desk.rows("SELECT stopped_reason FROM indexer.partner_account"))[0][0] is None
-        finally:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_an_endpoint_that_refuses_everybody_is_asked_by_nobody(database: Database) -> None:
@@ -451,14 +443,10 @@ async def test_listings_that_grow_while_they_are_read_starve_nobody(database: Da
             await desk.register(mint(account.wallet, 7), reference=account.wallet)
         for account in others:
             partner.mint(account, 7, AT_ONCE)
-        running = asyncio.create_task(desk.keyban(poll=0.2).run())
-        try:
+        async with at_work(desk.desk, desk.keyban(poll=0.2)):
             await _settles(desk, len(growing) + len(others))
             # three of twelve pages, read once; the others go between
             assert len(desk.requests) < 100
-        finally:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_a_listing_of_all_that_never_stands_still_is_given_up_for_one_by_one(database: Database) -> None:
@@ -479,16 +467,12 @@ async def test_a_listing_of_all_that_never_stands_still_is_given_up_for_one_by_o
         for account in accounts:
             await desk.register(mint(account.wallet, 7), reference=account.wallet)
             partner.mint(account, 7, AT_ONCE)
-        running = asyncio.create_task(desk.keyban(poll=0.2).run())
-        try:
+        async with at_work(desk.desk, desk.keyban(poll=0.2)):
             async with asyncio.timeout(20):
                 while await database.pool.fetchval("SELECT count(*) FROM indexer.partner_wallet") < len(accounts):
                     await asyncio.sleep(0.02)
             await _settles(desk, len(accounts))
             assert [endpoint for endpoint, _ in desk.requests].count("orders_all") <= 3 * 4
-        finally:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_wallets_at_rest_that_cannot_be_read_go_behind_the_others(database: Database) -> None:
