@@ -168,7 +168,7 @@ class Desk:
         told = f"{where} {word}"
         if told not in self.told and len(self.told) < 1000:
             self.told.add(told)
-            log.warning("a word is not known, and counts as pending", **self._who, field=where, word=word)
+            log.warning("a word is not known, and settles nothing", **self._who, field=where, word=word)
 
     def record(
         self,

@@ -91,6 +91,12 @@ def hint_of(row: Any, drift: Drift) -> HintRow | None:
     )
 
 
+def _read(row: Any, drift: Drift, _: bool) -> tuple[int | None, tuple[()]]:
+    """A record's own time, no evidence; what is odd about it is counted. Raises Unusable, BadValue."""
+    hint_of(row, drift)
+    return instant(table(row).get("createdAt"), drift), ()
+
+
 def _reason(row: Any) -> str | None:
     """Why it was refused, from whichever field says so; a cancelled one says that."""
     for key in ("reason", "rejectionReason", "error", "message"):
@@ -257,40 +263,37 @@ class LoyfinPoller:
 
     async def _store(self, rows: Sequence[Any]) -> bool:
         """Whether any of them says something new."""
-        desk, drift = self._desk, Drift()
-        found: dict[str, tuple[HintRow, Any]] = {}
+        desk = self._desk
+        found: dict[str, tuple[HintRow | None, Any]] = {}
         for row in rows:
             try:
-                hint = hint_of(row, drift)
+                hint = hint_of(row, Drift())
+                issuer = address(table(row).get("issuer"), "issuer")
             except (Unusable, BadValue) as why:
                 desk.quarantine(str(why))
                 continue
-            if hint is not None and hint.issuer in self._issuers:
-                if hint.record_id in found:
-                    desk.count("duplicate")
-                raw = {key: value for key, value in table(row).items() if key != "signature"}
-                found[hint.record_id] = (hint, raw)
+            if issuer not in self._issuers:
+                continue
+            record = identifier(table(row).get("id")) or ""
+            if record in found:
+                desk.count("duplicate")
+            if hint is None:  # kept as it came; what it means is not known
+                for field, words in (("kind", _KINDS), ("status", _HINTS)):
+                    if (word := str(table(row).get(field))) not in words:
+                        desk.unknown_word(field, word[:40])
+            found[record] = (hint, {key: value for key, value in table(row).items() if key != "signature"})
         async with desk.writing() as (conn, stored):
             known = await store.current_records(conn, desk.account, found.keys())
             records: list[RecordRow] = [
-                desk.record(
-                    record,
-                    raw,
-                    known.get(record),
-                    "",
-                    None,
-                    None,
-                    lambda row, d, _: (instant(row.get("createdAt"), d), ()),
-                )
-                for record, (_, raw) in found.items()
+                desk.record(record, raw, known.get(record), "", None, None, _read) for record, (_, raw) in found.items()
             ]
             stored += await store.store_records(conn, desk.account, records)
             news = {record.record_id for record in records if record.version is not None}
-            changed = await hints.store_hints(conn, desk.account, [h for key, (h, _) in found.items() if key in news])
+            changed = await hints.store_hints(
+                conn, desk.account, [h for key, (h, _) in found.items() if h and key in news]
+            )
         if changed:
             desk.wakeups.poke("facts")
-        if news:
-            desk.count_drift(drift)
         return bool(news)
 
     # ---------------------------------------------------------------- the cross-check

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import suppress
 
 import pytest
 
 from indexer.model.types import Address
 from indexer.partners import loyfin
-from indexer.partners.client import Refused
+from indexer.partners.client import PROBE, PartnerError, Refused
 from indexer.partners.loyfin import LIMIT, LoyfinPoller
-from indexer.sandbox.partners.loyfin import LoyfinApi, Mined
+from indexer.partners.orders import Unusable
+from indexer.sandbox.partners.faults import FAULTS
+from indexer.sandbox.partners.loyfin import LoyfinApi, Mined, Stored
 from indexer.sandbox.partners.wire import Reply, Request, answer
 from indexer.store.database import Database
 from tests.partner_office import BRAND, Time, office
@@ -141,3 +144,56 @@ async def test_an_issuer_or_a_receipt_that_is_refused_holds_up_no_other(database
         asked = len(desk.requests)
         await poller.cross_check()
         assert len(desk.requests) == asked, "the refused one is not asked for ever"
+
+
+#: By fault: what it is counted by, where an answer of Loyfin's API can show it at all.
+COUNTED = {
+    "server_error": "server_error", "rate_limited": "rate_limited", "dropped": "unreachable", "html": "not_json",
+    "endless_body": "too_large", "cut_off": "not_json", "duplicates": "duplicate", "unknown_word": "unknown_word",
+    "missing_field": "missing_field", "retyped": "type", "clock_skew": "clock_skew", "expired": "denied", "forbidden": "denied",
+}  # fmt: skip
+
+
+async def test_whatever_loyfins_api_answers_hints_follow_it_and_none_is_lost(database: Database, dsn: str) -> None:
+    time, rng = Time(), random.Random(4)
+    api = LoyfinApi(seed=4, clock=time.now)
+    async with World.at(dsn) as world, office(database, api, time, name="loyfin", max_body=2**18) as desk:
+        stored = []
+
+        def more(count: int) -> None:
+            for _ in range(count):
+                each = api.store("redemption", action(world.leg(nonce=hexa(rng.randbytes(32)))), "0x5157")[0]
+                stored.append(each)
+                change(each)
+
+        def change(each: Stored) -> None:
+            if rng.random() < 0.5:
+                api.submitted(each, hexa(rng.randbytes(32)))
+            else:
+                api.ended(each, rng.choice(("rejected", "cancelled")))
+
+        async def look() -> None:
+            with suppress(PartnerError, Unusable):
+                await poller.look()
+
+        def seen() -> dict[str, float]:
+            return desk.oddities() | desk.outcomes()
+
+        poller = LoyfinPoller(desk.desk, [Address(ISSUER)], 15.0)
+        for fault in FAULTS:
+            if fault == "silence":
+                continue  # as `dropped`, only slower
+            more(3)
+            before = seen()
+            api.weather.begin(fault, chance=0.7)
+            for _ in range(4):
+                change(rng.choice(stored))
+                await look()
+            api.weather.end()
+            if fault in COUNTED:
+                assert seen().get(COUNTED[fault], 0) > before.get(COUNTED[fault], 0), (fault, seen())
+            time.ahead += PROBE + 100
+            await poller.look()
+            hints = {row["record_id"]: row["status"] for row in await desk.rows("SELECT * FROM indexer.partner_hint")}
+            assert hints == {e.moved.id: "submitted" if e.status == "submitted" else "rejected" for e in stored}, fault
+        assert desk.desk.client.health.problem is None
