@@ -135,6 +135,10 @@ def signals_text(document: dict[str, Any]) -> str:
 
 def _delivery_text(row: dict[str, Any]) -> str:
     reason = f": {row['error']}" if row["error"] and row["state"] != "delivered" else ""
+    if row["awaits"]:
+        word, _, chain = row["awaits"].partition(":")
+        waits = f"the latch of chain {chain} is resolved" if word == "latch" else f"chain {chain} is followed again"
+        reason = f": set aside until {waits}"
     return f"{row['webhook']} {row['state']}, {row['attempts']} attempts{reason}"
 
 

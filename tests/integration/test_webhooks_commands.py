@@ -129,6 +129,14 @@ async def test_a_test_goes_the_way_of_every_delivery_and_tells_what_came_back(de
     assert len(desk.receiver.requests) == 2
 
 
+async def test_what_waits_for_a_chain_says_so(desk: Desk) -> None:
+    (one,) = await desk.commit("operation.ready")
+    for word, said in {"latch": "the latch of chain 8453 is resolved", "live": "chain 8453 is followed again"}.items():
+        await desk.database.pool.execute("UPDATE indexer.delivery SET awaits = $1", f"{word}:8453")
+        for words in (("signals", "list", "--state", "pending"), ("signals", "show", str(one.id))):
+            assert f"shop pending, 0 attempts: set aside until {said}\n" in await desk.says(*words), words
+
+
 async def test_signals_are_listed_shown_and_sent_again(desk: Desk) -> None:
     operation = uuid4()
     first, second, third = await desk.commit(

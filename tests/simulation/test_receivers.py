@@ -61,15 +61,18 @@ class Story:
         self.legs: dict[UUID, dict[str, Any]] = {}
         self.mined: dict[UUID, int] = {}
         self.taken_back: dict[UUID, float] = {}
+        self.doubted = False
 
     async def run(self, steps: int) -> None:
         await self.world.heads(head=self.head, safe=self.safe, finalized=self.finalized)
         acts = [self.register] * 4 + [self.mine] * 5 + [self.reorganise] * 3 + [self.fulfil] * 3 + [self.deepen] * 4
+        acts += [self.doubt] * 3
         for _ in range(steps):
             await self.rng.choice(acts)()
             if self.rng.random() < 0.8:
                 await self.settle()
             await asyncio.sleep(self.rng.random() * 0.02)
+        await self.doubt(False)
         for operation in set(self.legs) - set(self.mined):
             if self.rng.random() < 0.7:  # some stay taken back
                 await self.mine(operation)
@@ -113,6 +116,17 @@ class Story:
         self.safe = max(self.safe, self.head - self.rng.randint(0, 2))
         self.finalized = max(self.finalized, min(self.safe, self.head - 8))
         await self.world.heads(safe=self.safe, finalized=self.finalized)
+
+    async def doubt(self, doubted: bool | None = None) -> None:
+        """For a while nobody knows whether the chain's blocks still stand."""
+        self.doubted = not self.doubted if doubted is None else doubted
+        await self.world.conn.execute(
+            "UPDATE indexer.chain SET head_at = clock_timestamp() + CASE WHEN $1 THEN -1 ELSE 1 END * interval '1 hour'",
+            self.doubted,
+        )
+        if not self.doubted:  # it ends with a head that was linked
+            self.head += 1
+            await self.world.heads(head=self.head)
 
     async def settle(self) -> None:
         await self.world.settle()
