@@ -92,7 +92,7 @@ class _Node:
     block: int | None
     success: bool | None
     time_ms: int | None
-    doubtful: bool  # amount, transaction, block or success is there, and cannot be read
+    doubtful: bool  # whom it concerns, amount, transaction, block or success is there, and cannot be read
 
 
 def _party(transfer: Any, name: str, drift: Drift) -> tuple[bool, str | None]:
@@ -101,17 +101,18 @@ def _party(transfer: Any, name: str, drift: Drift) -> tuple[bool, str | None]:
         if key in transfer:
             value = transfer[key]
             if isinstance(value, dict):
-                value = value.get("id", value.get("address"))
+                value = value.get("id", value.get("address", value))
             return True, text(value, drift)
     return False, None
 
 
 def _node(node: Any, drift: Drift) -> _Node:
-    transfer = table(table(node).get("assetTransfer"))
+    vital: Drift = Drift()
+    transfer = _object(_object(node, vital).get("assetTransfer"), vital)
     said = transfer.get("transaction", table(node).get("transaction"))
-    tx = table(said)
-    sent, sender = _party(transfer, "from", drift)
-    received, recipient = _party(transfer, "to", drift)
+    tx = table(said) if isinstance(said, str) else _object(said, vital)
+    sent, sender = _party(transfer, "from", vital)
+    received, recipient = _party(transfer, "to", vital)
     tx_hash = tx.get("id") or tx.get("hash") or transfer.get("transactionId")
     if tx_hash is None and isinstance(said, str):
         tx_hash = said
@@ -119,7 +120,6 @@ def _node(node: Any, drift: Drift) -> _Node:
     if token is None:
         token = table(transfer.get("token")).get("id")
     decimals = transfer.get("decimals", table(transfer.get("token")).get("decimals"))
-    vital: Drift = Drift()
     value, tx_hash = amount(transfer.get("value"), vital), text(tx_hash, vital)
     block = whole(tx.get("blockNumber", transfer.get("transactionBlockNumber")), vital)
     success = flag(tx.get("success"), vital)
@@ -140,25 +140,34 @@ def _node(node: Any, drift: Drift) -> _Node:
     )
 
 
+def _object(value: Any, vital: Drift) -> Any:
+    """An object, or an empty one for nothing; for anything else too, which is noted."""
+    vital["unreadable"] += value is not None and not isinstance(value, dict)
+    return table(value)
+
+
 def _nodes(row: Any) -> list[Any]:
+    """What an order consists of; nothing while it is queued. Raises Unusable where it says something else."""
     found = table(row).get("orderTransactions")
-    if isinstance(found, list):
-        return found
-    nodes = table(found).get("nodes")
-    if isinstance(nodes, list):
-        return nodes
-    edges = table(found).get("edges")
-    return [table(edge).get("node") for edge in edges] if isinstance(edges, list) else []
+    if isinstance(found, dict):
+        edges = found.get("edges")
+        found = [table(edge).get("node") for edge in edges] if isinstance(edges, list) else found.get("nodes")
+    if found is not None and not isinstance(found, list):
+        raise Unusable(f"order {order_id(row)[:60]} has transactions that are no list")
+    return found or []
 
 
 def parties_of(row: Any) -> set[str]:
-    """Every address that an order moves value from or to."""
-    nodes = [_node(each, Drift()) for each in _nodes(row)]
+    """Every address that an order moves value from or to; of one that cannot be read none."""
+    try:
+        nodes = [_node(each, Drift()) for each in _nodes(row)]
+    except Unusable:
+        return set()
     return {party for node in nodes for party in (node.sender, node.recipient) if party is not None}
 
 
 def order_time(row: Any, drift: Drift) -> int | None:
-    """Unix milliseconds of the first transaction of an order, else of the order itself."""
+    """Unix milliseconds of the first transaction of an order, else of the order itself. Raises Unusable."""
     times = [node.time_ms for node in (_node(each, Drift()) for each in _nodes(row)) if node.time_ms is not None]
     own = table(row).get("createdAt", table(row).get("created_at"))
     return min(times) if times else instant(own, drift)
@@ -174,7 +183,7 @@ def transfers_of(row: Any, wallet: str, ledger: Ledger, *, undated: bool, drift:
         # one host and one address serve test and main networks: another ledger's order settles nothing here
         raise Unusable(f"order {order_id(row)[:60]} is of network {said[:40]}, not {ledger.network}")
     nodes = [_node(each, drift) for each in _nodes(row)]
-    moving = [node for node in nodes if node.directed or node.value is not None or node.tx_hash is not None]
+    moving = [n for n in nodes if n.directed or n.doubtful or n.value is not None or n.tx_hash is not None]
     if not moving:
         return ()
     record, time_ms = order_id(row), order_time(row, Drift())
@@ -203,7 +212,8 @@ def transfers_of(row: Any, wallet: str, ledger: Ledger, *, undated: bool, drift:
                 doubtful=any(node.doubtful for node in nodes),
             )
         )
-    if not found and not all(node.sender is not None or node.recipient is not None for node in moving):
+    told = all((node.sender is not None or node.recipient is not None) and not node.doubtful for node in moving)
+    if not found and not told:
         raise Unusable(f"order {record[:60]} does not say from whom or to whom")
     return tuple(found)
 

@@ -147,6 +147,8 @@ def transfers_of(row: Any, words: Words, *, undated: bool, drift: Drift) -> tupl
         raise Unusable(f"transaction {record[:60]} names no user")
     vital: Drift = Drift()
     value, tx_hash = amount(given.get(field), vital), text(given.get("tx_hash"), vital)
+    said = given.get("status")
+    vital["unreadable"] += said is not None and not isinstance(said, str)
     drift.update(vital)
     time_ms = row_time(row, Drift())
     return (

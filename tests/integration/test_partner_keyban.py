@@ -158,12 +158,21 @@ async def test_a_record_that_cannot_be_read_any_more_takes_nothing_back(database
             lambda transfer: transfer["transaction"].update(blockNumber="soon"),
             lambda transfer: transfer["transaction"].update(success="perhaps"),
             lambda transfer: transfer["transaction"].update(id=["0x1", "0x2"]),
+            lambda transfer: transfer.update(toId=["x"]),
+            lambda transfer: transfer.update(toId={"wallet": "x"}),
+            lambda transfer: transfer.update(transaction=7),
             lambda transfer: transfer.update(fromId=None, toId=None),
         ):
             odd(change)
             await poller.look(await desk.wallet(account.wallet))
             assert await desk.transfers() == before and await desk.touched() == set()
-        assert desk.oddities()["unreadable"] >= 5 and desk.oddities()["quarantined"] == 1
+        whole = partner._order
+        for nodes in ("none", {"nodes": "none"}, {"nodes": ["none"]}, {"nodes": [{"assetTransfer": "none"}]}):
+            partner._order = lambda made, nodes=nodes: whole(made) | {"orderTransactions": nodes}  # type: ignore[method-assign, misc]
+            await poller.look(await desk.wallet(account.wallet))
+            assert await desk.transfers() == before and await desk.touched() == set(), nodes
+        partner._order = whole  # type: ignore[method-assign]
+        assert desk.oddities()["unreadable"] >= 8 and desk.oddities()["quarantined"] >= 5
         assert "unsettled" not in desk.oddities()
         # what it says plainly counts, whatever else cannot be read
         made.turned_at = time.now()

@@ -152,6 +152,8 @@ async def test_an_event_of_a_type_that_nobody_knows_takes_nothing_back(database:
             {"loyalty_event_type": "points_v2"},
             {"amount_received": "twenty-five"},
             {"tx_hash": ["0x1"]},
+            {"status": 200},
+            {"user_to": {"auth_id": ["x"]}, "user": None},
         ):
             partner._row = lambda each, change=change: original(each) | change  # type: ignore[method-assign, misc]
             await poller.look()
