@@ -27,7 +27,7 @@ from tests.fake_node import FakeNode
 from tests.following import FACTORY, ISSUER, created, issued, stored, transferred, truth
 from tests.simulation.world import leg_of
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(300)]
 
 KEY = "k3y0fTheProvider-1234567890"  # in the path of the endpoint's URL, where providers put it
 FULL = "could not extend file: No space left on device"

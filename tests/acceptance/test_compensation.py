@@ -11,7 +11,7 @@ from indexer.model.types import Hash32
 from indexer.store.database import Database
 from tests.acceptance.world import CHAIN_ID, Ledger, World, until
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.xdist_group("acceptance"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(300)]
 
 
 async def ready(world: World, reference: str) -> tuple[Hash32, str]:

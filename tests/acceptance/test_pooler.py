@@ -15,7 +15,7 @@ from indexer.store.database import Database
 from tests.acceptance.world import BRAND, CONSOLE, Ledger, World, until
 from tests.pooler import POOLERS, Relay, opened
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(300)]
 
 SESSIONS = 3
 

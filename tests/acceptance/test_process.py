@@ -22,7 +22,7 @@ from tests.acceptance.world import Daemon, Ledger, World, until
 from tests.conftest import Postgres
 from tests.receiver import Received, Receiver, fine
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(300)]
 
 
 # --------------------------------------------------------------------------- stopping
@@ -305,7 +305,7 @@ tags_seconds = 0.5
             async def failed_thrice() -> bool:
                 return len(daemon.said("task failed", task=task)) >= 3
 
-            await until(failed_thrice, lambda: f"{task} fails; {daemon.last_words()}", seconds=60)
+            await until(failed_thrice, lambda: f"{task} fails; {daemon.last_words()}")
             failures = daemon.said("task failed", task=task)
             pauses = [entry["retry_seconds"] for entry in failures]
             assert pauses[:3] == sorted(set(pauses[:3])), pauses  # each longer than the one before
@@ -328,5 +328,5 @@ tags_seconds = 0.5
                     heads = {chain["name"]: chain["head"] for chain in seen["chains"]}
                     return heads["other"] is not None and seen["process"]["tasks"][task]["state"] == "running"
 
-                await until(follows, lambda: f"the other chain is followed; {daemon.last_words()}", seconds=60)
+                await until(follows, lambda: f"the other chain is followed; {daemon.last_words()}")
                 assert await daemon.stop() == 0

@@ -16,7 +16,7 @@ from indexer.store.database import Database
 from tests.acceptance.test_process import Endpoint, Systemd
 from tests.acceptance.world import Daemon, Ledger, World, until
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(300)]
 
 NEW_SECRET = "whsec_" + base64.b64encode(b"another secret, after a rotation").decode()
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.acceptance.world import LEASE_SECONDS, Daemon, World, until
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(300)]
 
 # Events of one block. So few are stored one by one; of so many, with COPY, a part has reached the server when it stops.
 FEW, MANY = 100, 2_000

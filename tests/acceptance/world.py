@@ -47,6 +47,7 @@ EPOCH = 20  # safe is so many blocks behind the head, finalized twice as many
 LEASE_SECONDS = 2.0
 LOYALTY_ID = Hash32(b"\x1d" * 32)
 SMALL = 100  # amounts up to this settle as soon as they are included, larger ones at safe
+PATIENCE = 90.0  # seconds for whatever a daemon should do: others may be busy on the machine
 SECRET = "whsec_" + base64.b64encode(b"a secret of the acceptance tests").decode()
 ABI = Path(__file__).parents[2] / "contracts_abi"
 CONSOLE = (str(Path(sys.executable).parent / "indexer"),)
@@ -66,7 +67,7 @@ async def until(
     condition: Callable[[], Awaitable[Any]],
     what: str | Callable[[], object],
     *,
-    seconds: float = 30.0,
+    seconds: float = PATIENCE,
     pause: float = 0.05,
 ) -> Any:
     """The first true answer of `condition`; after so many seconds an AssertionError that says what was waited for."""
@@ -306,7 +307,7 @@ class Shop:
         """What arrived of an operation, of one type; repetitions too."""
         return [got for got in self.received if got.operation == operation and got.type == f"operation.{kind}"]
 
-    async def hears(self, operation: str, kind: str, *, seconds: float = 30.0) -> Received:
+    async def hears(self, operation: str, kind: str, *, seconds: float = PATIENCE) -> Received:
         """Waits for the first such signal."""
 
         async def arrived() -> list[Received]:
@@ -373,19 +374,19 @@ class Daemon:
             self.send(signal.SIGKILL)
             await self.process.wait()
 
-    async def stop(self, *, seconds: float = 20.0) -> int:
+    async def stop(self, *, seconds: float = PATIENCE) -> int:
         """SIGTERM, and its exit code."""
         self.send(signal.SIGTERM)
         return await self.ended(seconds=seconds)
 
-    async def ended(self, *, seconds: float = 30.0) -> int:
+    async def ended(self, *, seconds: float = PATIENCE) -> int:
         try:
             async with asyncio.timeout(seconds):
                 return await self.process.wait()
         except TimeoutError:
             raise AssertionError(f"did not end within {seconds:g} s:\n{self.last_words()}") from None
 
-    async def stopped(self, *, seconds: float = 30.0) -> None:
+    async def stopped(self, *, seconds: float = PATIENCE) -> None:
         """Waits until the process stands still (SIGSTOP)."""
 
         async def still() -> bool:
@@ -415,7 +416,7 @@ class Daemon:
             if entry.get("event") == event and all(entry.get(name) == value for name, value in fields.items())
         ]
 
-    async def says(self, event: str, *, seconds: float = 30.0, **fields: object) -> dict[str, Any]:
+    async def says(self, event: str, *, seconds: float = PATIENCE, **fields: object) -> dict[str, Any]:
         """Waits for an entry of its log. AssertionError when the process ends without it, or time does."""
 
         async def told() -> list[dict[str, Any]]:
@@ -528,7 +529,7 @@ class World:
 
     # ---- HTTP
 
-    async def request(self, method: str, path: str, *, json: Any = None, seconds: float = 40.0) -> tuple[int, Any]:
+    async def request(self, method: str, path: str, *, json: Any = None, seconds: float = PATIENCE) -> tuple[int, Any]:
         """Status and body, from whichever daemon answers: asked again until one does, as a brand's shop must."""
         deadline = time.monotonic() + seconds
         reason: object = "no daemon listens"
@@ -595,7 +596,7 @@ class World:
         """By a courier of its own."""
         return await self.ledger.loyfin.submit(signed, relayer=next(self.ledger.relayers))
 
-    async def settles(self, reference: str, amount: int = 50, *, seconds: float = 30.0, **terms: Any) -> Received:
+    async def settles(self, reference: str, amount: int = 50, *, seconds: float = PATIENCE, **terms: Any) -> Received:
         """Registers, submits, and waits until the shop is told that it is ready."""
         signed = self.action(amount, **terms)
         await self.register(reference, signed.action)
@@ -624,7 +625,7 @@ class World:
         return rows
 
     async def comes_to_rest(
-        self, expected: Callable[[], Awaitable[Mapping[str, str]]], *, finalized: bool, seconds: float = 60.0
+        self, expected: Callable[[], Awaitable[Mapping[str, str]]], *, finalized: bool, seconds: float = PATIENCE
     ) -> None:
         """Waits until each operation is in the state expected, its evidence finalized if so asked, and everything sent."""
         seen: dict[str, Any] = {}
@@ -672,7 +673,7 @@ class World:
         wrong += await self._misdelivered()
         assert not wrong, "\n".join(wrong)
 
-    async def _misplaced(self, *, seconds: float = 40.0) -> list[str]:
+    async def _misplaced(self, *, seconds: float = PATIENCE) -> list[str]:
         """What is wrong with the stored facts, once head and history have passed the node's present head."""
         head, pool = await self.ledger.anvil.block_number(), self.database.pool
         contracts = truth.Contracts(frozenset(address for address, _ in self.ledger.factories))
