@@ -23,6 +23,9 @@ from indexer.partners.exchange import Exchange, Reply, Unanswered
 from indexer.telemetry import redact
 
 ATTEMPTS: Final = 3  # of one request; then its poller decides
+MARGIN: Final = (
+    0.02  # of the pause between requests: they arrive a little unevenly, and the partner must not count one too many
+)
 LONGEST_QUIET: Final = 3600.0  # seconds, whatever a Retry-After says
 LONGEST_WAIT: Final = 30.0  # seconds that a request waits for its turn before it says so instead
 BACKOFF: Final = 60.0  # seconds, the longest pause that we choose ourselves
@@ -96,7 +99,7 @@ class Refusal:
 class Credential:
     """What all pollers of one key share: the pace, the quiet that was asked for, and whether it is accepted.
 
-    Requests are `1 / rate` seconds apart at least, without bursts; who asked first goes first.
+    Requests are `1 / rate` seconds apart at least, and a little, without bursts; who asked first goes first.
     """
 
     def __init__(self, rate: float, clock: Clock, rng: Random) -> None:
@@ -130,7 +133,7 @@ class Credential:
                 if at > now:
                     await self._clock.sleep(at - now)
                 # from when it really goes: who was woken late must not be followed too soon
-                self._next = max(at, self._clock.now()) + 1 / self.rate
+                self._next = max(at, self._clock.now()) + (1 + MARGIN) / self.rate
                 if self._quiet_until <= self._clock.now():  # else somebody was told meanwhile to be quiet
                     return None
 
@@ -155,18 +158,20 @@ class Credential:
     def denied(self, endpoint: str, status: int, subject: str = "") -> bool:
         """Whether it means more than the subject. 401 speaks of the key, 403 of what it may read: of the subject alone at first, of
         the endpoint when several in a row are refused."""
-        now = self._clock.now()
-        scopes = [""] if status == 401 else [endpoint]
-        if status != 401:
+        now, scope = self._clock.now(), "" if status == 401 else endpoint
+        if scope:
             self._refused.pop("", None)  # the key itself is accepted
-            if subject:
-                doubted = self._doubted.setdefault(endpoint, set())
-                doubted.add(subject)
-                scopes = [_scopes(endpoint, subject)[-1]] + ([endpoint] if len(doubted) >= DOUBTS else [])
-        wide = len(scopes) > 1 or not subject or status == 401
-        for scope in scopes:
-            since = self._refused[scope].since if scope in self._refused else now
-            self._refused[scope] = Refusal(status, since, now + PROBE, wide)
+        if scope and subject:
+            doubted = self._doubted.setdefault(endpoint, set())
+            doubted.add(subject)
+            if len(doubted) < DOUBTS:
+                scope = _scopes(endpoint, subject)[-1]
+            else:  # none of them was meant alone
+                for each in doubted:
+                    self._refused.pop(_scopes(endpoint, each)[-1], None)
+        wide = scope in ("", endpoint)
+        since = self._refused[scope].since if scope in self._refused else now
+        self._refused[scope] = Refusal(status, since, now + PROBE, wide)
         return wide
 
     def limited(self, retry_after: float | None) -> None:
@@ -236,6 +241,10 @@ class Health:
         if not error.wide:
             scope = _scopes(endpoint, subject)[-1]
             self._subjects[scope] = at
+        elif scope:
+            for each in [each for each in self._subjects if each.startswith(f"{endpoint} ")]:
+                del self._subjects[each]
+                self._refusals.pop(each, None)
         if scope:
             self._refusals.pop("", None)  # the key itself is accepted
         if self._refusals.get(scope, (0, ""))[0] != status:

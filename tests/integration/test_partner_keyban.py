@@ -422,6 +422,8 @@ async def test_an_endpoint_that_refuses_everybody_is_asked_by_nobody(database: D
             with pytest.raises(Denied):
                 await poller.look(await desk.wallet(account.wallet))
         assert desk.outcomes() == {"denied": DOUBTS}
+        refused = desk.desk.client.health.refused
+        assert refused is not None and refused.count("403") == 1, "one endpoint, told once"
         partner.weather.end()
         time.ahead += PROBE + 1
         for account in accounts:

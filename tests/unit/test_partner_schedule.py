@@ -151,7 +151,7 @@ def test_the_pace_of_one_key_holds_for_all_who_share_it() -> None:
 
         await asyncio.gather(*(ask() for _ in range(4)))
         gaps = [b - a for a, b in itertools.pairwise(times)]
-        assert min(gaps) >= 0.2 - 1e-9 and times[-1] == pytest.approx(79 * 0.2)
+        assert min(gaps) >= 0.2 - 1e-9 and times[-1] == pytest.approx(79 * 0.2, rel=0.03)
 
     virtually(main())
 
