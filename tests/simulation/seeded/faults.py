@@ -1,24 +1,275 @@
-"""The seeded lies and failures of nodes, by the names of the catalogue."""
+"""The seeded failures and lies of nodes, named as the catalogue names them (docs/faults.md).
+
+`FAULTS` holds what one node may do by itself. With one endpoint those are left out that only another could contradict; with
+several, one lies at a time, as the promise says (no answer of one alone). Each is undone after a while; at the end all are.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from tests.fake_node import FakeNode
 
 if TYPE_CHECKING:
-    from tests.fake_node import FakeNode
     from tests.simulation.seeded.world import World
 
-ENDPOINTS = 1
 GRACE = 60.0  # seconds within which the truth must have held what was told
+
+Act = Callable[[FakeNode, random.Random], None]
 
 
 def remember(world: World, error: BaseException) -> None:
     world.struck[f"serve failed: {type(error).__name__}"] += 1
 
 
-async def sicken(world: World, node: FakeNode, until: float) -> None:
-    rng = random.Random(f"node {world.seed} {node.port}")
+# --------------------------------------------------------------------------- lies about logs, headers and receipts
+
+
+def _logs(change: Callable[[list[Any], random.Random], list[Any]]) -> Act:
+    def act(node: FakeNode, rng: random.Random) -> None:
+        node.lie("eth_getLogs", lambda _, logs: change(logs, rng) if logs else logs, times=rng.randint(1, 3))
+
+    return act
+
+
+def _each(**fields: Any) -> Act:
+    """One of the logs, with these fields otherwise."""
+
+    def change(logs: list[Any], rng: random.Random) -> list[Any]:
+        at = rng.randrange(len(logs))
+        return [
+            log | {k: v(log) if callable(v) else v for k, v in fields.items()} if i == at else log
+            for i, log in enumerate(logs)
+        ]
+
+    return _logs(change)
+
+
+def _header(change: Callable[[dict[str, Any]], Any], method: str = "eth_getBlockByNumber") -> Act:
+    def act(node: FakeNode, rng: random.Random) -> None:
+        node.lie(method, lambda _, header: header and change(header), times=rng.randint(1, 3))
+
+    return act
+
+
+def _receipts(change: Callable[[list[Any]], Any]) -> Act:
+    def act(node: FakeNode, rng: random.Random) -> None:
+        node.lie("eth_getBlockReceipts", lambda _, found: found and change(found), times=rng.randint(1, 3))
+
+    return act
+
+
+def _fails(code: int, message: str, *, status: int = 200, method: str = "*") -> Act:
+    def act(node: FakeNode, rng: random.Random) -> None:
+        node.fail(method, code, message, status=status, times=rng.randint(1, 4))
+
+    return act
+
+
+def _limits(node: FakeNode, rng: random.Random) -> None:
+    code, message = rng.choice(
+        [
+            (-32005, "query returned more than 10000 results"),
+            (-32602, "query exceeds max block range 100"),
+            (-32614, "eth_getLogs is limited to a 10,000 range"),
+            (-32000, "Log response size exceeded. this block range should work: [0x1, 0x2]"),
+            (-32600, "Under the Free tier plan, you can make eth_getLogs requests with up to a 10 block range."),
+            (-32602, "Log response size exceeded. this block range should work: [0x9, 0x2]"),
+        ]
+    )
+    node.fail("eth_getLogs", code, message, times=rng.randint(1, 2))
+
+
+def _proxyd(node: FakeNode, rng: random.Random) -> None:
+    code, message, status = rng.choice(
+        [
+            (-32011, "no backends available for method", 503),
+            (-32016, "over rate limit", 429),
+            (-32019, "block is out of range", 400),
+            (-32020, "no consensus backends", 503),
+            (-32010, "too many requests", 429),
+        ]
+    )
+    node.fail("*", code, message, status=status, times=rng.randint(1, 3))
+
+
+def _future(header: dict[str, Any]) -> dict[str, Any]:
+    return header | {"number": hex(int(header["number"], 16) + 1000), "hash": "0x" + "77" * 32}
+
+
+def _batch(change: Callable[[list[Any]], list[Any]]) -> Act:
+    def act(node: FakeNode, rng: random.Random) -> None:
+        node.batch_lie = change
+
+    return act
+
+
+def _cut(name: str, **given: Any) -> Act:
+    """A fault of the transport, by its name at FakeNode."""
+
+    def act(node: FakeNode, rng: random.Random) -> None:
+        getattr(node, name)("*", times=rng.randint(1, 3), **given)
+
+    return act
+
+
+def _tags(node: FakeNode, rng: random.Random) -> None:
+    node.missing_tag = rng.choice(["null", "-32000", "-32001", "-39001"])
+    node.safe = node.finalized = None
+
+
+def _old_tags(node: FakeNode, rng: random.Random) -> None:
+    node.safe, node.finalized = max(0, (node.chain.safe or 0) - 40), max(0, (node.chain.finalized or 0) - 40)
+
+
+def _high_tags(node: FakeNode, rng: random.Random) -> None:
+    node.safe = node.finalized = node.head
+
+
+def _other_chain(node: FakeNode, rng: random.Random) -> None:
+    node.chain_id = 1
+
+
+def _stuck(node: FakeNode, rng: random.Random) -> None:
+    node.move_to(node.chain.fork())
+
+
+def _minority(node: FakeNode, rng: random.Random) -> None:
+    """A branch of its own, from a few blocks ago: it stays behind, or runs ahead."""
+    fork = node.chain.fork()
+    depth = min(rng.choice([1, 3, 12]), fork.head.number - (fork.finalized or 0) - 1)
+    if depth > 0:
+        fork.reorganise(depth, [()] * (depth + rng.choice([0, 2, 40])))
+        fork.safe = min(fork.safe or 0, fork.head.number - depth)
+        node.move_to(fork)
+
+
+def _stale(node: FakeNode, rng: random.Random) -> None:
+    node.lag = rng.choice([1, 4, 20, 80])
+
+
+def _silent(node: FakeNode, rng: random.Random) -> None:
+    node.silent = True
+
+
+def _same_again(node: FakeNode, rng: random.Random) -> None:
+    node.repeat_head()
+    node.repeat_head()
+
+
+def _other_subscription(node: FakeNode, rng: random.Random) -> None:
+    for socket in node.subscriptions:
+        node.subscriptions[socket] = hex(rng.getrandbits(32))
+
+
+def _nonsense(node: FakeNode, rng: random.Random) -> None:
+    node.send_raw(rng.choice(["{", "[]", '{"jsonrpc":"2.0","method":"eth_subscription","params":{"result":{}}}']))
+
+
+def _shuffled(logs: list[Any], rng: random.Random) -> list[Any]:
+    rng.shuffle(logs)
+    return logs
+
+
+#: What a single endpoint may do, and must be survived.
+ALONE: Mapping[str, Act] = {
+    "F01 stale head": _stale,
+    "F03 head from the future": _header(_future),
+    "F20 tags missing": _tags,
+    "F21 tags regress": _old_tags,
+    "F30 empty logs": _logs(lambda logs, rng: []),
+    "F32 truncated logs": _logs(lambda logs, rng: logs[: len(logs) // 2]),
+    "F33 a log dropped": _logs(lambda logs, rng: logs[:-1] if len(logs) < 2 else logs[:1] + logs[2:]),
+    "F34 the last block missing": _logs(lambda logs, rng: [x for x in logs if x["blockNumber"] != logs[-1]["blockNumber"]]),
+    "F35 duplicate logs": _logs(lambda logs, rng: logs + logs[:1]),
+    "F36 shuffled logs": _logs(_shuffled),
+    "F37 a log outside the range": _each(blockNumber=lambda log: hex(int(log["blockNumber"], 16) + 5000)),
+    "F38 a log of another filter": _each(address="0x" + "99" * 20),
+    "F39 wrong block hash": _each(blockHash="0x" + "ab" * 32),
+    "F40 wrong transaction": _each(transactionHash="0x" + "cd" * 32),
+    "F41 log index underflow": _each(logIndex="0xffffffff"),
+    "F42 removed log": _each(removed=True),
+    "F43 odd data": _each(data=lambda log: log["data"][:-1]),
+    "F44 topics cut": _each(topics=lambda log: log["topics"][:1]),
+    "F50 null block": _header(lambda header: None),
+    "F52 hash unknown": _header(lambda header: None, "eth_getBlockByHash"),
+    "F51 null receipts": _receipts(lambda found: None),
+    "F53 header hash wrong": _header(lambda header: header | {"gasUsed": "0x77"}),
+    "F54 zero bloom": _header(lambda header: header | {"logsBloom": "0x" + "00" * 256}),
+    "F55 parent broken": _header(lambda header: header | {"parentHash": "0x" + "ee" * 32}),
+    "F56 receipts missing": _receipts(lambda found: found[:-1]),
+    "F60 rate limited": _fails(-32005, "rate limit exceeded", status=429),
+    "F60 rate limited in 200": _fails(429, "Too Many Requests"),
+    "F61 billing": _fails(-32000, "monthly quota exceeded", status=402),
+    "F62 proxyd": _proxyd,
+    "F63 range refused": _limits,
+    "F65 block too large": _fails(-32005, "query returned more than 10000 results", method="eth_getLogs"),
+    "F66 no answer": _cut("hang"),
+    "F67 slow drip": _cut("drip", every=0.1),
+    "F68 reset in the body": _cut("reset"),
+    "F69 half a JSON": _cut("truncate"),
+    "F70 HTML": lambda node, rng: node.reply("*", "<html><title>hello</title></html>", times=2) and None,
+    "F71 broken gzip": _cut("bad_gzip"),
+    "F72 batch loses an answer": _batch(lambda answers: answers[1:]),
+    "F72 batch reordered": _batch(lambda answers: answers[::-1]),
+    "F73 another request's id": _batch(lambda answers: [each | {"id": 987_654} for each in answers]),
+    "F76 another chain": _other_chain,
+    "F80 silent socket": _silent,
+    "F81 duplicate heads": _same_again,
+    "F84 another subscription": _other_subscription,
+    "F85 nonsense on the socket": _nonsense,
+}  # fmt: skip
+
+#: What another endpoint contradicts.
+AMONG_OTHERS: Mapping[str, Act] = {
+    "F04 stuck node": _stuck,
+    "F05 minority fork": _minority,
+    "F22 tags too high": _high_tags,
+}
+
+#: What takes the event loop to do: in `sicken`.
+BY_HAND = ("F85 sockets closed", "F68 sockets cut", "F75 connection refused", "F77 all endpoints down")
+
+FAULTS: tuple[str, ...] = (*ALONE, *AMONG_OTHERS, *BY_HAND)
+
+
+async def sicken(world: World, until: float) -> None:
+    """One node after the other, now and then; each is well again before the next falls ill."""
+    rng = random.Random(f"nodes {world.seed}")
+    several = len(world.nodes) > 1
+    names = [*ALONE, *BY_HAND, *(AMONG_OTHERS if several else ())]
+    pause = rng.choice([2.0, 5.0, 12.0])
     while world.loop.now < until:
-        await asyncio.sleep(rng.expovariate(1 / 4.0))
+        await asyncio.sleep(rng.expovariate(1 / pause))
+        node, name = rng.choice(world.nodes), rng.choice(names)
+        world.struck[name] += 1
+        world.loop.note(name, node.port)
+        if name == "F85 sockets closed":
+            await node.close_sockets(rng.choice([1001, 1011]))
+        elif name == "F68 sockets cut":
+            await node.abort_sockets()
+        elif name in ("F75 connection refused", "F77 all endpoints down"):
+            down = world.nodes if name[:3] == "F77" else [node]
+            for each in down:
+                await each.stop()
+            await asyncio.sleep(rng.choice([0.5, 5.0, 30.0]))
+            for each in down:
+                await each.start()
+        else:
+            (ALONE.get(name) or AMONG_OTHERS[name])(node, rng)
+            await asyncio.sleep(rng.choice([0.3, 2.0, 8.0]))
+            await recover(world, node)
+
+
+async def recover(world: World, node: FakeNode) -> None:
+    """A node without faults, on the true chain."""
+    node.heal()
+    node.lag, node.safe, node.finalized, node.missing_tag = 0, -1, -1, "null"
+    node.chain_id = world.story.chain.chain_id
+    if node.chain is not world.story.chain:
+        node.move_to(world.story.chain)
+    if node._runner is None:
+        await node.start()

@@ -86,6 +86,7 @@ class World:
         self.slow_receiver = 0.0
         self.calm = False
         self.polling = self.rng.random() < 0.4
+        self.endpoints = self.rng.choice([1, 2, 3, 3])
         self.handed: set[tuple[str, int]] = set()
 
     # ------------------------------------------------------------------ the daemons
@@ -414,7 +415,7 @@ class World:
             story.found()
             genesis = Hash32(story.chain.canonical[0].hash)
             schedules.BASE[CHAIN_ID, genesis] = Schedule(story.chain.time_s, FIRST_FAST)  # type: ignore[index]
-            for _ in range(faults.ENDPOINTS):
+            for _ in range(self.endpoints):
                 self.nodes.append(await stack.enter_async_context(FakeNode(chain=story.chain)))
             await stack.enter_async_context(self.receiver.open())
             self.database = await Database.connect(self.url, pool_size=3, check_schema=False)
@@ -431,7 +432,8 @@ class World:
             troubles = [self.commerce(until), self.unrest(until)]
             if rng.random() < 0.75:
                 troubles.append(self.misfortune(until))
-            troubles += [faults.sicken(self, node, until) for node in self.nodes]
+            if rng.random() < 0.75:
+                troubles.append(faults.sicken(self, until))
             await asyncio.gather(*(asyncio.create_task(trouble) for trouble in troubles))
             wrong = await self.rest()
             for task in tasks:
@@ -444,8 +446,7 @@ class World:
         self.calm = True
         story.halted = False
         for node in self.nodes:
-            node.heal()
-            node.lag = 0
+            await faults.recover(self, node)
         self.network.slow = 0.1
         for process in list(self.processes):
             process.thaw()
