@@ -221,14 +221,17 @@ async def _new_tokens(conn: asyncpg.Connection, chain_id: int, programmes: Seque
     for row in programmes:
         if row[token] not in first or row[_BLOCK] < first[row[token]][1]:
             first[row[token]] = (row[factory], row[_BLOCK])
-    # A configured factory or hub that announces itself stays what it is.
+    # A configured factory or hub that announces itself stays what it is. A token speaks from its first canonical announcement
+    # on, which a reorganisation may have moved up (F15); programme_token_idx.
     await conn.execute(
         """
         INSERT INTO indexer.emitter AS e (chain_id, address, kind, factory, start_block, followed_from)
         SELECT $1, token, 'token', factory, block, CASE WHEN $5 THEN block END
         FROM unnest($2::bytea[], $3::bytea[], $4::bigint[]) AS found (token, factory, block)
         ON CONFLICT (chain_id, address) DO UPDATE
-        SET start_block = least(e.start_block, excluded.start_block),
+        SET start_block = least(excluded.start_block, (
+                SELECT min(p.block_number) FROM indexer.programme AS p
+                WHERE p.chain_id = e.chain_id AND p.loyalty = e.address AND p.canonical)),
             followed_from = least(e.followed_from, excluded.followed_from), active = true
         WHERE e.kind = 'token'
         """,

@@ -89,6 +89,18 @@ async def test_a_step_stores_blocks_events_emitters_coverage_and_cursor(conn: as
     assert await conn.fetchval("SELECT count(*) FROM indexer.touched_blocks") == 1  # nothing came: nothing to look at
 
 
+async def test_a_token_that_is_announced_later_after_a_reorganisation_speaks_from_there_on(
+    conn: asyncpg.Connection,
+) -> None:
+    """F15: what it logged before, at the same address, is nobody's; a second look that asks from the old block would store it."""
+    await step(conn, 1, 5, decoded((3, 0, created(1))))
+    await step(conn, 2, 9, decoded((8, 0, created(1)), branch=1), branch=1, orphan_above=1)
+    tokens = [e.start_block for e in await chains.load_emitters(conn, CHAIN) if e.kind == "token"]
+    assert tokens == [8]
+    await step(conn, 10, 12, decoded((11, 0, created(1)), branch=1), branch=1)  # said twice: the first counts
+    assert [e.start_block for e in await chains.load_emitters(conn, CHAIN) if e.kind == "token"] == [8]
+
+
 async def test_a_reorganisation_is_one_commit(conn: asyncpg.Connection, database: Database) -> None:
     await step(conn, 1, 10, decoded((1, 0, created(1)), (5, 0, issued(1)), (8, 0, issued(2)), (9, 3, issued(3))))
     await chains.set_tags(conn, CHAIN, header(9), header(4))
