@@ -14,7 +14,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 if os.environ.get("PYTHONHASHSEED") != "0":  # sets of strings are walked in the same order in every run
@@ -26,6 +26,7 @@ if os.environ.get("PYTHONHASHSEED") != "0":  # sets of strings are walked in the
 
 from tests.simulation.seeded import run  # isort: skip  - replaces the clocks before the product is imported
 
+from tests.simulation.seeded import mutants
 from tests.simulation.seeded.postgres import SimulatedPostgres
 from tests.simulation.seeded.world import Verdict
 
@@ -39,6 +40,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--verbose", action="store_true", help="the daemons' own log too")
     parser.add_argument("--trace", action="store_true", help="every step of the trace")
     parser.add_argument("--timeout", type=float, default=120.0, help="real seconds after which a seed has failed")
+    parser.add_argument("--mutant", default="", help="play with this bug planted")
+    parser.add_argument("--mutants", nargs="*", help="plant each (or those named) in turn: some seed must fail")
+    parser.add_argument("--tries", type=int, default=12, help="seeds per mutant, after those known to catch it")
     parser.add_argument("--profile", action="store_true")
     return parser.parse_args()
 
@@ -49,6 +53,8 @@ def _child(seed: int, owner: str, daemon: str, options: argparse.Namespace, pipe
     asyncio._set_running_loop(None)
     faulthandler.dump_traceback_later(options.timeout, exit=True)
     try:
+        if options.mutant:
+            mutants.plant(options.mutant)
         if options.profile:
             import cProfile
             import pstats
@@ -85,10 +91,10 @@ async def _one(seed: int, owner: str, daemon: str, options: argparse.Namespace) 
     return pickle.loads(data) if data else died
 
 
-async def _worker(
-    waiting: list[int], options: argparse.Namespace, migrating: asyncio.Lock, report: Callable[[Verdict], None]
+async def _on_a_server(
+    migrating: asyncio.Lock, act: Callable[[Callable[[int, argparse.Namespace], Awaitable[Verdict]]], Awaitable[None]]
 ) -> None:
-    """Plays seeds one after the other on a server of its own: what others do in a cluster shows in the order of rows."""
+    """A server of one's own to play on: what others do in a cluster shows in the order of rows."""
     state = Path(tempfile.mkdtemp(prefix="indexer-simulation-"))
     state.chmod(0o711)
     settings = {"shared_buffers": "128MB", "autovacuum": "off", "max_connections": "200", "log_min_messages": "fatal"}
@@ -98,10 +104,34 @@ async def _worker(
             daemon = server.dsn("indexer", "DB").replace("/DB?", "/{}?")
             async with migrating:  # Alembic has one context per process
                 await run.prepare(owner)
-            while waiting:
-                report(await _one(waiting.pop(), owner, daemon, options))
+            await act(lambda seed, options: _one(seed, owner, daemon, options))
     finally:
         shutil.rmtree(state, ignore_errors=True)
+
+
+async def _mutants(options: argparse.Namespace) -> int:
+    """Whether each planted bug is noticed by some seed."""
+    names = options.mutants or [each.name for each in mutants.MUTANTS]
+    waiting, survived, began = list(reversed(names)), list[str](), time.monotonic()
+
+    async def hunt(play: Callable[[int, argparse.Namespace], Awaitable[Verdict]]) -> None:
+        while waiting:
+            name = waiting.pop()
+            mutant = next(each for each in mutants.MUTANTS if each.name == name)
+            asked = argparse.Namespace(**{**vars(options), "mutant": name})
+            for seed in [*mutant.seeds, *range(options.first, options.first + options.tries)]:
+                verdict = await play(seed, asked)
+                if verdict.wrong:
+                    print(f"{name}: caught by seed {seed}: {verdict.wrong[0].strip().splitlines()[-1]}", flush=True)
+                    break
+            else:
+                survived.append(name)
+                print(f"{name}: SURVIVED", flush=True)
+
+    migrating = asyncio.Lock()
+    await asyncio.gather(*(_on_a_server(migrating, hunt) for _ in range(min(options.jobs, len(names)))))
+    print(f"{len(names)} mutants in {time.monotonic() - began:.0f} s, {len(survived)} survived: {', '.join(survived)}")
+    return 1 if survived else 0
 
 
 async def _all(options: argparse.Namespace) -> int:
@@ -123,7 +153,11 @@ async def _all(options: argparse.Namespace) -> int:
         if options.trace:
             print("\n".join(verdict.tail))
 
-    await asyncio.gather(*(_worker(waiting, options, migrating, report) for _ in range(min(options.jobs, len(seeds)))))
+    async def work(play: Callable[[int, argparse.Namespace], Awaitable[Verdict]]) -> None:
+        while waiting:
+            report(await play(waiting.pop(), options))
+
+    await asyncio.gather(*(_on_a_server(migrating, work) for _ in range(min(options.jobs, len(seeds)))))
     print(f"{len(seeds)} seeds in {time.monotonic() - began:.0f} s ({cpu:.0f} s of Python), {len(failed)} failed")
     print("struck: " + ", ".join(f"{name} {count}" for name, count in sorted(struck.items())))
     for verdict in failed:
@@ -132,4 +166,5 @@ async def _all(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(_all(_parse())))
+    given = _parse()
+    sys.exit(asyncio.run(_all(given) if given.mutants is None else _mutants(given)))

@@ -152,10 +152,12 @@ class Story:
 
     def lookalike(self) -> Any:
         """What somebody else says in our words: another factory, or a stranger, about a nonce of ours."""
-        nonce = self.rng.randint(1, 60)
-        if self.rng.random() < 0.5:
+        nonce, choice = self.rng.randint(1, 60), self.rng.random()
+        if choice < 0.3:
             return issued(nonce, 1, 10, FACTORY2)
-        return issued(nonce, 1, 10, FACTORY, emitter=b"\x66" * 20)
+        if choice < 0.6:
+            return issued(nonce, 1, 10, FACTORY, emitter=b"\x66" * 20)
+        return issued(nonce, 2, 10, FACTORY, emitter=token_of(1))  # a token that speaks for another programme
 
     def mine(self, txs: list[Tx]) -> Block:
         number = len(self.chain.canonical)
@@ -320,8 +322,10 @@ class Story:
             settled += bool(equal)
             conflict += bool(found) and not equal
             dead |= not found and leg["deadline"] != "0" and int(leg["deadline"]) < now
-        if conflict:
-            return {"conflict"}
+        if conflict:  # a leg by hash that is closed already has no conflict any more (rule 3)
+            return (
+                {"conflict", "cancelled"} if operation.cancelled and "nonce" not in operation.legs[0] else {"conflict"}
+            )
         if operation.cancelled:
             return {"conflict"} if settled else {"cancelled"}
         if settled == len(operation.legs):

@@ -312,6 +312,7 @@ class World:
                 story.send(Tx(rng.choice([[transferred(n), created(n), log], [created(n), transferred(n)]])))
                 if rng.random() < 0.5:
                     story.send(Tx(transferred(n)), 1.0)
+                story.send(Tx(story.lookalike()), rng.choice([0.0, 4.0]))
 
     async def misfortune(self, until: float) -> None:
         """Processes die, freeze, and lose their sessions."""
@@ -478,6 +479,7 @@ class World:
                 {e.reference: story.expected(e) for e in story.operations}, await oracle.read_states(conn, BRAND)
             )
             wrong += oracle.judge_ready(await self._told_ready(conn), story.moments, grace=faults.GRACE)
+            wrong += await self._judge_reverted(conn)
             wrong += await self._judge_deliveries(conn)
             unnumbered = await conn.fetchval("SELECT count(*) FROM indexer.outbox WHERE sequence IS NULL")
             if unnumbered:
@@ -509,6 +511,21 @@ class World:
             )
             told.append(oracle.Ready(reference, round(row["at"], 6), bases))
         return told
+
+    async def _judge_reverted(self, conn: asyncpg.Connection) -> list[str]:
+        """Nothing is taken back that stood all the time."""
+        rows = await conn.fetch(
+            "SELECT r.payload, extract(epoch FROM r.created_at)::float8 AS told, extract(epoch FROM t.created_at)::float8 AS taken"
+            " FROM indexer.outbox r JOIN indexer.outbox t ON t.supersedes = r.id"
+        )
+        wrong = []
+        for row in rows:
+            data = row["payload"]["data"]
+            blocks = {(bytes.fromhex(each["blockHash"][2:]), each["logIndex"]) for each in data["evidence"]}
+            times = [moment for moment in self.story.moments if row["told"] - faults.GRACE <= moment.at <= row["taken"]]
+            if all(blocks <= moment.events.keys() for moment in times):
+                wrong.append(f"{data['operation']['reference']} was taken back, and its evidence stood all the time")
+        return wrong
 
     async def _judge_deliveries(self, conn: asyncpg.Connection) -> list[str]:
         known = {row["id"] for row in await conn.fetch("SELECT id FROM indexer.outbox")}

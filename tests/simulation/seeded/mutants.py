@@ -1,0 +1,128 @@
+"""Bugs planted on purpose, one at a time, to see that some seed notices each.
+
+A mutant rewrites a fragment of one function's source, or a constant, in the process that plays the seed; the product has no
+switch for any of them. `SEEDS` of each are those that are known to catch it, tried first.
+"""
+
+from __future__ import annotations
+import __future__ as future
+
+import importlib
+import inspect
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    where: str  # module:function, module:Class.method, or module:CONSTANT
+    changes: tuple[tuple[str, str], ...]  # what stands there, once, and what stands there instead
+    seeds: tuple[int, ...] = ()
+
+
+def _m(name: str, where: str, *changes: tuple[str, str], seeds: tuple[int, ...] = ()) -> Mutant:
+    return Mutant(name, where, changes, seeds)
+
+
+_BRANCH = "chain_id = $1 AND block_number > $2 AND canonical RETURNING block_number\n        ), t AS"
+
+MUTANTS: tuple[Mutant, ...] = (
+    _m("cursor_apart_from_facts", "indexer.store.facts:commit_step", (
+        "    numbers = await store_events(",
+        "    await conn.execute('UPDATE indexer.chain SET head_number = $2, head_hash = $3, head_time_ms = $4 WHERE chain_id = $1', chain_id, head.number, head.hash, head.time_ms)\n"
+        "    await chains.store_headers(conn, chain_id, headers)\n"
+        "    await conn.execute('COMMIT')\n    await conn.execute('BEGIN')\n"
+        "    numbers = await store_events(",
+    )),
+    _m("coverage_apart_from_facts", "indexer.store.facts:commit_range", (
+        "    gone = await",
+        "    await coverage.cover(conn, chain_id, covered)\n    await conn.execute('COMMIT')\n    await conn.execute('BEGIN')\n    gone = await",
+    )),
+    _m("lost_commit_believed", "indexer.store.leases:Lease._fenced", (
+        'raise self.lose(f"its session ended ({type(error).__name__})") from error', "return",
+    )),
+    _m("epoch_forgotten", "indexer.store.leases:_FENCE", (
+        "SELECT 1 FROM indexer.lease WHERE task = $1 AND epoch = $2 AND holder = $3 FOR SHARE",
+        "SELECT 1 WHERE $1::text IS NOT NULL AND $2::bigint IS NOT NULL AND $3::uuid IS NOT NULL",
+    )),
+    _m("receipts_unproven", "indexer.chain.steps:Gatherer._ask", (
+        "return None if receipts is None else logs_of_receipts(header, receipts, count=self._count)",
+        "return [log for receipt in receipts or () for log in receipt.logs or ()]",
+    )),
+    _m("second_fetch_forgotten", "indexer.chain.steps:Gatherer.by_headers", ("if not new:\n", "if True:\n")),
+    _m("new_tokens_not_followed", "indexer.chain.position:Position.commit", (
+        "self.gatherer.filter = self.gatherer.filter | step.filter", "pass",
+    )),
+    _m("ancestor_by_number", "indexer.chain.linkage:ancestor_of", (
+        "if ours is not None and ours.hash == parent:", "if ours is not None:")),
+    _m("safe_of_one_node", "indexer.chain.witnesses:agreed", (
+        "range(pool.quorum - 1, len(votes))", "range(0, len(votes))"), ("if len(same) >= pool.quorum:", "if True:")),
+    _m("one_node_undoes", "indexer.chain.position:Position.undone", ("if not pool.several or", "if True or")),
+    _m("second_look_blind", "indexer.chain.second_look:SecondLook._store", ("rows=found.rows", "rows=facts.only(found.rows, ())")),
+    _m("rollback_leaves_an_event", "indexer.store.facts:_unconfirm", (_BRANCH, _BRANCH.replace("> $2", "> $2 + 1"))),
+    _m("rollback_untold", "indexer.store.facts:commit_step", (
+        "orphaned_blocks, orphaned_events, low, high = await", "orphaned_blocks, orphaned_events, _, _ = await")),
+    _m("safe_survives_rollback", "indexer.store.facts:_unconfirm", ("AND c.safe_number > $2", "AND c.safe_number < 0")),
+    _m("lookalikes_believed", "indexer.chain.decode:_foreign", (
+        'return "foreign_programme" if allowed is None else "foreign_factory"', "return None")),
+    _m("depth_ignored", "indexer.model.confidence:level_of", ("return Level.INCLUDED", "return Level.FINALIZED")),
+    _m("alarms_forgotten", "indexer.store.operations:ring_alarms", ("    status = await", "    return 0\n    status = await")),
+    _m("expired_before_finality", "indexer.settlement.desk:Desk._expired", (
+        "heads.finalized_time_ms < after_ms", "heads.head_time_ms < after_ms"),
+        ("if await certainly_expired(self.conn, operation, leg, heads, after_ms):", "if True:")),
+    _m("pairs_greedily", "indexer.model.matching:_Table.by_wallet", (
+        "if (m.lane, m.holder, m.loyalty_id, m.bucket, m.amount) == key", "if m.lane == key[0]")),
+    _m("terms_not_compared", "indexer.model.matching:_Table.by_nonce", (
+        "if differences := leg.differences(movement):", "if differences := ():")),
+    _m("generation_dropped", "indexer.model.signal:signal_id", ('f"{generation}:{kind}:"', 'f"{kind}:"')),
+    _m("reverted_untold", "indexer.settlement.desk:Desk._enter", (
+        'kind, supersedes, cause = signals.REVERTED, operation.standing_signal,', 'kind, supersedes, cause = None, operation.standing_signal,')),
+    _m("restored_as_ready", "indexer.settlement.desk:Desk._enter", (
+        "kind = signals.RESTORED if restored", "kind = signals.READY if restored")),
+    _m("numbers_with_gaps", "indexer.store.signals:number", (
+        "SELECT f.position, c.base + row_number()", "SELECT f.position, 1 + c.base + row_number()")),
+    _m("delivered_without_rereading", "indexer.store.deliveries:begin", (
+        "WHEN type IN ($6, $7) AND superseded_by IS NOT NULL", "WHEN type IN ($6, $7) AND superseded_by IS NOT NULL AND false")),
+    _m("delivered_out_of_order", "indexer.store.deliveries:begin", (
+        "ORDER BY h.sequence LIMIT 1", "ORDER BY h.sequence DESC LIMIT 1")),
+    _m("any_answer_is_taken", "indexer.signals.attempts:Reply.taken", ("return self.status is not None and 200", "return True or self.status is not None and 200")),
+    _m("an_id_for_each_attempt", "indexer.signals.attempts:Sender.headers", (
+        '"webhook-id": str(signal_id)', '"webhook-id": str(uuid4())')),
+)  # fmt: skip
+
+
+def plant(name: str) -> None:
+    """Puts one mutant into this process. Raises AssertionError where its fragment is not there any more."""
+    mutant = next(each for each in MUTANTS if each.name == name)
+    module_name, _, path = mutant.where.partition(":")
+    module = importlib.import_module(module_name)
+    holder: Any = module
+    *outer, last = path.split(".")
+    for part in outer:
+        holder = getattr(holder, part)
+    found = inspect.getattr_static(holder, last)
+    if isinstance(found, str):
+        setattr(holder, last, _changed(found, mutant))
+        return
+    while isinstance(found, property | classmethod | staticmethod):
+        found = found.fget if isinstance(found, property) else found.__func__
+    inner = inspect.unwrap(found)
+    source = textwrap.dedent(inspect.getsource(inner))
+    lines = source.splitlines(keepends=True)
+    while lines[0].startswith("@"):  # a decorator is applied already
+        lines.pop(0)
+    names = dict(vars(module))
+    code = compile(_changed("".join(lines), mutant), f"<mutant {name}>", "exec", future.annotations.compiler_flag)
+    exec(code, names)
+    fresh = names[last]
+    assert fresh.__code__.co_freevars == inner.__code__.co_freevars, f"{mutant.where} is a closure"
+    inner.__code__ = fresh.__code__  # whoever imported it has it too
+
+
+def _changed(text: str, mutant: Mutant) -> str:
+    for old, new in mutant.changes:
+        assert text.count(old) == 1, f"mutant {mutant.name}: {mutant.where} holds {text.count(old)} times {old!r}"
+        text = text.replace(old, new)
+    return text
