@@ -32,6 +32,7 @@ from indexer.store.database import Database
 from indexer.store.leases import Leases
 from indexer.store.wakeups import Wakeups
 from indexer.telemetry import Metrics
+from tests.loops import at_work
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "webhooks.md"
 OLD, NEW, FOREIGN = ("whsec_" + letter * 43 + "=" for letter in "QRS")
@@ -109,32 +110,27 @@ async def test_the_documented_receiver_takes_what_is_ours_through_a_rotation_and
         async with database.pool.acquire() as conn:
             await webhooks.sync_webhooks(conn, [webhooks.WebhookRow("bloom", "shop", ("operation.*",))])
         dispatcher = Dispatcher([endpoint(OLD)], metrics=Metrics(), schedule=(0.02,) * 12)
-        async with Leases(database).hold(TASK) as lease:
-            running = asyncio.create_task(dispatcher.run(lease, wakeups))
-            try:
-                # a request is under way when both secrets are configured, and ends well; the next carries both signatures
-                before, between, after = ready(), ready(), ready()
-                shop.go_on.clear()
-                await send(before)
-                await shop.arrived.wait()
-                dispatcher.configure([endpoint(NEW, OLD)])
-                await send(between)
-                shop.go_on.set()
-                await delivered(before)
-                await delivered(between)
-                # the receiver has not changed over when the old one is dropped: it refuses, and is right to
-                dispatcher.configure([endpoint(NEW)])
-                await send(after)
-                async with asyncio.timeout(20):
-                    while not await database.pool.fetchval("SELECT count(*) FROM indexer.delivery WHERE status = 400"):
-                        await asyncio.sleep(0.01)
-                assert [UUID(id) for id, _ in shop.taken] == [before.id, between.id]
-                dispatcher.configure([endpoint(NEW, OLD)])
-                await delivered(after)  # nothing was lost by it
-            finally:
-                running.cancel()
-                await asyncio.gather(running, return_exceptions=True)
-                await dispatcher.close()
+        async with at_work(Leases(database), TASK, lambda lease: dispatcher.run(lease, wakeups)):
+            # a request is under way when both secrets are configured, and ends well; the next carries both signatures
+            before, between, after = ready(), ready(), ready()
+            shop.go_on.clear()
+            await send(before)
+            await shop.arrived.wait()
+            dispatcher.configure([endpoint(NEW, OLD)])
+            await send(between)
+            shop.go_on.set()
+            await delivered(before)
+            await delivered(between)
+            # the receiver has not changed over when the old one is dropped: it refuses, and is right to
+            dispatcher.configure([endpoint(NEW)])
+            await send(after)
+            async with asyncio.timeout(20):
+                while not await database.pool.fetchval("SELECT count(*) FROM indexer.delivery WHERE status = 400"):
+                    await asyncio.sleep(0.01)
+            assert [UUID(id) for id, _ in shop.taken] == [before.id, between.id]
+            dispatcher.configure([endpoint(NEW, OLD)])
+            await delivered(after)  # nothing was lost by it
+        await dispatcher.close()
         assert [UUID(id) for id, _ in shop.taken] == [before.id, between.id, after.id]
         assert [signal["data"]["sequence"] for _, signal in shop.taken] == [1, 2, 3]
 

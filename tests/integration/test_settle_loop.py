@@ -13,6 +13,7 @@ from indexer.store.database import Database
 from indexer.store.leases import Leases
 from indexer.store.wakeups import Wakeups
 from tests.integration.test_settlement import INCLUDED
+from tests.loops import at_work
 from tests.world import World, hexa
 
 
@@ -40,17 +41,14 @@ async def test_an_operation_that_cannot_be_worked_out_is_put_off_and_the_others_
             await settle(self, operation)
 
         monkeypatch.setattr(desk.Desk, "settle", stumbling)
-        async with Leases(database, ttl=10).hold(loop.TASK) as lease:
-            task = asyncio.create_task(loop.settle(lease, Wakeups(), INCLUDED, {}, Nobody()))
-            try:
-                async with asyncio.timeout(20):
-                    while [await world.state(o) for o in operations].count("ready") < 4:
-                        await asyncio.sleep(0.05)
-                    while not await world.conn.fetchval("SELECT count(*) FROM indexer.alarm WHERE axis = 'clock_ms'"):
-                        await asyncio.sleep(0.05)
-            finally:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+        settling = at_work(
+            Leases(database, ttl=10), loop.TASK, lambda lease: loop.settle(lease, Wakeups(), INCLUDED, {}, Nobody())
+        )
+        async with settling, asyncio.timeout(20):
+            while [await world.state(o) for o in operations].count("ready") < 4:
+                await asyncio.sleep(0.05)
+            while not await world.conn.fetchval("SELECT count(*) FROM indexer.alarm WHERE axis = 'clock_ms'"):
+                await asyncio.sleep(0.05)
         assert await world.state(operations[2]) == "pending"
         assert (
             await world.conn.fetchval("SELECT operation_id FROM indexer.alarm WHERE axis = 'clock_ms'") == operations[2]

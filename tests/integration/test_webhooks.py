@@ -8,7 +8,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -31,6 +31,7 @@ from indexer.store.overview import observe_database, overview
 from indexer.store.wakeups import Wakeups
 from indexer.store.webhooks import WebhookRow
 from indexer.telemetry import Metrics
+from tests.loops import at_work
 from tests.receiver import Received, Receiver, Script
 
 SECRET = "whsec_" + "c2lnbmluZyBzZWNyZXQgb2YgdGhlIHRlc3RzIQ=="
@@ -80,16 +81,11 @@ class House:
     ) -> AsyncIterator[Dispatcher]:
         await self.configure(*endpoints)
         dispatcher = Dispatcher(endpoints, metrics=self.metrics, schedule=schedule, **options)
-        async with Leases(self.database).hold(TASK) as lease:
-            running = asyncio.create_task(dispatcher.run(lease, self.wakeups))
-            try:
+        try:
+            async with at_work(Leases(self.database), TASK, lambda lease: dispatcher.run(lease, self.wakeups)):
                 yield dispatcher
-                assert not running.done() or running.exception() is None
-            finally:
-                running.cancel()
-                with suppress(asyncio.CancelledError):
-                    await running
-                await dispatcher.close()
+        finally:
+            await dispatcher.close()
 
     async def commit(self, *new: Signal) -> None:
         async with self.database.pool.acquire() as conn, conn.transaction():
