@@ -113,6 +113,10 @@ async def read_object(request: web.Request, *, optional: bool = False) -> tuple[
         raise Problem(
             TIMEOUT, f"the body did not arrive within {BODY_SECONDS:.0f} s", headers={"Connection": "close"}
         ) from None
+    except web.RequestPayloadError:
+        raise Problem(
+            BAD_REQUEST, "the body is not encoded as its headers say", headers={"Connection": "close"}
+        ) from None
     if not raw.strip() and optional:
         return {}, "{}"
     kind = request.content_type

@@ -4,6 +4,7 @@ and schemathesis, which believes the document, finds no answer that it does not 
 from __future__ import annotations
 
 import asyncio
+import gzip
 import re
 import socket
 import sys
@@ -241,6 +242,40 @@ async def test_bytes_that_are_not_http_are_a_problem_too(api: Api) -> None:
         head, _, body = answer.partition(b"\r\n\r\n")
         assert re.match(rb"HTTP/1.\d 400 ", head) and b"application/problem+json" in head and b"aiohttp" not in head
         assert b'"type":"urn:loyalty:problem:bad-request"' in body and b"Traceback" not in body
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "expected"),
+    [
+        ("Content-Encoding: deflate", gzip.compress(b"{}"), 400),
+        ("Content-Encoding: gzip", b"{}", 400),
+        ("Content-Encoding: br", b"{}", 400),
+        ("Content-Encoding: gzip", gzip.compress(bytes(200_000_000), 1), 413),  # a bomb is measured by what it becomes
+        ("Transfer-Encoding: chunked", b"zz\r\n{}\r\n0\r\n\r\n", 400),
+        ("Transfer-Encoding: chunked", b"2\r\n{}GARBAGE\r\n0\r\n\r\n", 400),
+        ("Content-Length: 2\r\nTransfer-Encoding: chunked", b"2\r\n{}\r\n0\r\n\r\n", 400),
+        ("Content-Length: 2\r\nContent-Length: 3", b"{} ", 400),
+        ("Content-Length: -1", b"", 400),
+    ],
+)
+async def test_bodies_that_are_not_what_their_headers_say_are_refused(
+    api: Api, headers: str, body: bytes, expected: int
+) -> None:
+    host, port = api.base.removeprefix("http://").split(":")
+    length = "" if "Length" in headers or "Transfer" in headers else f"Content-Length: {len(body)}\r\n"
+    head = (
+        f"POST /v1/operations HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {api.token}\r\n"
+        f"Content-Type: application/json\r\n{headers}\r\n{length}\r\n"
+    )
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(head.encode() + body)
+        async with asyncio.timeout(20):
+            answer = await reader.readuntil(b"}")
+    finally:
+        writer.close()
+    assert answer.split()[1] == str(expected).encode(), answer
+    assert b"application/problem+json" in answer and b"Traceback" not in answer
 
 
 # ------------------------------------------------------------------------------------------------ schemathesis
