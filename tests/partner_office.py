@@ -18,7 +18,8 @@ from pydantic import SecretStr
 
 from indexer.config import Qiibee
 from indexer.partners.account import Desk
-from indexer.partners.client import Client, Clock, Credential
+from indexer.partners.client import Client
+from indexer.partners.credential import Clock, Credential
 from indexer.partners.exchange import Http
 from indexer.partners.keyban import KeybanPoller
 from indexer.partners.orders import Ledger

@@ -13,7 +13,8 @@ from typing import Any, Final, Literal
 import asyncpg
 import structlog
 
-from indexer.partners.client import Client, Clock
+from indexer.partners.client import Client
+from indexer.partners.credential import Clock
 from indexer.partners.reading import Drift, alike, completed, storable
 from indexer.store import partner_accounts as accounts
 from indexer.store import partners as store

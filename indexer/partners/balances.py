@@ -15,7 +15,8 @@ from typing import Any
 from urllib.parse import quote
 
 from indexer.config import Config, Keyban, Qiibee
-from indexer.partners.client import Client, Clock, PartnerError, Refused
+from indexer.partners.client import Client, PartnerError, Refused
+from indexer.partners.credential import Clock
 from indexer.partners.orders import MINT, Ledger, Page, Unusable, page_of, transfers_of
 from indexer.partners.reading import Drift, amount, identifier, plain_decimal, table
 from indexer.partners.runtime import accounts_of, ledger_of, open_client

@@ -7,10 +7,8 @@ later: here a request is repeated twice at most.
 
 from __future__ import annotations
 
-import asyncio
 import re
-import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
@@ -19,31 +17,15 @@ from typing import Any, ClassVar, Final
 
 import msgspec
 
+from indexer.partners.credential import LONGEST_QUIET, PROBE, Clock, Credential, scopes
 from indexer.partners.exchange import Exchange, Reply, Unanswered
 from indexer.telemetry import redact
 
 ATTEMPTS: Final = 3  # of one request; then its poller decides
-MARGIN: Final = (
-    0.02  # of the pause between requests: they arrive a little unevenly, and the partner must not count one too many
-)
-LONGEST_QUIET: Final = 3600.0  # seconds, whatever a Retry-After says
-LONGEST_WAIT: Final = 30.0  # seconds that a request waits for its turn before it says so instead
-BACKOFF: Final = 60.0  # seconds, the longest pause that we choose ourselves
-PROBE: Final = 300.0  # seconds between looks whether a refused key is accepted again
 REFUSALS_SHOWN: Final = 3
-DOUBTS: Final = 3  # subjects refused in a row (403), none answered between: then it is the endpoint that is refused
 
 #: (endpoint, outcome, seconds) of every request.
 Observe = Callable[[str, str, float], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Clock:
-    """Time for pollers. `now` in seconds of a clock that only goes forward, `wall` in Unix seconds."""
-
-    now: Callable[[], float] = lambda: asyncio.get_running_loop().time()
-    wall: Callable[[], float] = time.time
-    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
 
 
 # ------------------------------------------------------------------------------------------------ errors
@@ -83,120 +65,6 @@ class Denied(PartnerError):
     wide: bool = True
 
 
-# ------------------------------------------------------------------------------------------------ pace
-
-
-@dataclass(slots=True)
-class Refusal:
-    """Since when a key is refused, and when it may be tried again."""
-
-    status: int
-    since: float
-    probe_at: float
-    wide: bool = True
-
-
-class Credential:
-    """What all pollers of one key share: the pace, the quiet that was asked for, and whether it is accepted.
-
-    Requests are `1 / rate` seconds apart at least, and a little, without bursts; who asked first goes first.
-    """
-
-    def __init__(self, rate: float, clock: Clock, rng: Random) -> None:
-        self.rate, self._clock, self._rng = rate, clock, rng
-        self._next = 0.0
-        self._queue = asyncio.Lock()  # first come, first served
-        self._quiet_until = 0.0
-        self._failures = 0  # requests in a row that failed for good, or were told to wait
-        self._refused: dict[str, Refusal] = {}  # by endpoint, "" is every one; by endpoint and subject
-        self._doubted: dict[str, set[str]] = {}  # by endpoint: subjects that were refused since it last worked
-
-    @property
-    def quiet(self) -> float:
-        """Seconds for which nothing will be asked."""
-        return max(0.0, self._quiet_until - self._clock.now())
-
-    def slower(self, rate: float) -> None:
-        """Another account with the same key: the lower pace counts."""
-        self.rate = min(self.rate, rate)
-
-    async def turn(self, endpoint: str) -> float | None:
-        """Waits for a place. Answers seconds of quiet instead where those are too long to wait for."""
-        async with self._queue:
-            while True:
-                now = self._clock.now()
-                at = max(now, self._next)
-                if self._quiet_until > at:
-                    if self._quiet_until - now > LONGEST_WAIT:
-                        return self._quiet_until - now
-                    at = self._quiet_until
-                if at > now:
-                    await self._clock.sleep(at - now)
-                # from when it really goes: who was woken late must not be followed too soon
-                self._next = max(at, self._clock.now()) + (1 + MARGIN) / self.rate
-                if self._quiet_until <= self._clock.now():  # else somebody was told meanwhile to be quiet
-                    return None
-
-    def stopped(self, endpoint: str, subject: str = "") -> Refusal | None:
-        """The refusal that forbids a request now. The first to ask after `PROBE` seconds is let through."""
-        now = self._clock.now()
-        found = [refusal for scope in _scopes(endpoint, subject) if (refusal := self._refused.get(scope)) is not None]
-        for refusal in found:
-            if now < refusal.probe_at:
-                return refusal
-        for refusal in found:
-            refusal.probe_at = now + PROBE
-        return None
-
-    def worked(self, endpoint: str, subject: str = "") -> bool:
-        """A usable answer. True when the key had been refused before."""
-        self._failures = 0
-        self._doubted.pop(endpoint, None)
-        was = [self._refused.pop(scope, None) for scope in _scopes(endpoint, subject)]
-        return any(was)
-
-    def denied(self, endpoint: str, status: int, subject: str = "") -> bool:
-        """Whether it means more than the subject. 401 speaks of the key, 403 of what it may read: of the subject alone at first, of
-        the endpoint when several in a row are refused."""
-        now, scope = self._clock.now(), "" if status == 401 else endpoint
-        if scope:
-            self._refused.pop("", None)  # the key itself is accepted
-        if scope and subject:
-            doubted = self._doubted.setdefault(endpoint, set())
-            doubted.add(subject)
-            if len(doubted) < DOUBTS:
-                scope = _scopes(endpoint, subject)[-1]
-            else:  # none of them was meant alone
-                for each in doubted:
-                    self._refused.pop(_scopes(endpoint, each)[-1], None)
-        wide = scope in ("", endpoint)
-        since = self._refused[scope].since if scope in self._refused else now
-        self._refused[scope] = Refusal(status, since, now + PROBE, wide)
-        return wide
-
-    def limited(self, retry_after: float | None) -> None:
-        """Everyone keeps quiet: as long as was asked for, else longer each time."""
-        if retry_after is None:
-            self.failed(at_least=1.0)
-            return
-        wait = min(retry_after, LONGEST_QUIET) * (1 + self._rng.random() / 10)  # so that not all come at once
-        self._quiet_until = max(self._quiet_until, self._clock.now() + wait)
-
-    def failed(self, at_least: float = 0.0) -> None:
-        self._failures += 1
-        wait = max(at_least, self.backoff(self._failures))
-        self._quiet_until = max(self._quiet_until, self._clock.now() + wait)
-
-    def backoff(self, failures: int) -> float:
-        """Seconds, doubling and spread over their upper half."""
-        longest: float = min(BACKOFF, 2.0 ** min(failures - 1, 10))
-        return longest * (0.5 + self._rng.random() / 2)
-
-
-def _scopes(endpoint: str, subject: str) -> list[str]:
-    return ["", endpoint, *([f"{endpoint} {subject}"] if subject else [])]
-
-
 # ------------------------------------------------------------------------------------------------ the client
 
 
@@ -220,7 +88,7 @@ class Health:
         self.answered_at = at
         # a subject that is not asked about any more is not refused for ever
         gone = [scope for scope, then in self._subjects.items() if at - then > 3 * PROBE]
-        for scope in [*gone, *_scopes(endpoint, subject)]:
+        for scope in [*gone, *scopes(endpoint, subject)]:
             self._subjects.pop(scope, None)
             self._refusals.pop(scope, None)
         self.forgive(endpoint)
@@ -239,7 +107,7 @@ class Health:
         status = error.status or 401
         scope = "" if status == 401 else endpoint
         if not error.wide:
-            scope = _scopes(endpoint, subject)[-1]
+            scope = scopes(endpoint, subject)[-1]
             self._subjects[scope] = at
         elif scope:
             for each in [each for each in self._subjects if each.startswith(f"{endpoint} ")]:

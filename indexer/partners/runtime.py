@@ -16,7 +16,8 @@ from typing import Final
 
 from indexer.config import Brand, Config, Keyban, Loyfin, Qiibee, followed_chain
 from indexer.partners.account import Desk
-from indexer.partners.client import Client, Clock, Credential, Observe
+from indexer.partners.client import Client, Observe
+from indexer.partners.credential import Clock, Credential
 from indexer.partners.exchange import Http
 from indexer.partners.keyban import KeybanPoller
 from indexer.partners.loyfin import LoyfinPoller

@@ -7,6 +7,7 @@ from structlog.testing import capture_logs
 
 from indexer.partners import client as client_module
 from indexer.partners.client import Denied, Unavailable
+from indexer.partners.credential import PROBE
 from indexer.sandbox.partners.movement import AT_ONCE
 from indexer.sandbox.partners.qiibee import BASE, Qiibee
 from indexer.store.database import Database
@@ -40,7 +41,7 @@ async def test_a_refusal_is_told_once_and_so_is_its_end(database: Database) -> N
                     assert "not accepted" in (await _ask(desk) or "")
                     for _ in range(3):
                         assert "is not used" in (await _ask(desk) or "")
-                    time.ahead += client_module.PROBE + 1
+                    time.ahead += PROBE + 1
                 problem, stopped = await _row(desk)
                 assert stopped is not None and "not accepted" in stopped and problem == stopped
                 assert counted(desk.metrics, "loyalty_partner_key_refused", "partner") == {"qiibee": 1.0}
@@ -51,7 +52,7 @@ async def test_a_refusal_is_told_once_and_so_is_its_end(database: Database) -> N
                         assert await _ask(desk, "balances") is None
                         assert "is not used" in (await _ask(desk) or "")
                     assert (await _row(desk))[1] is not None
-                    time.ahead += client_module.PROBE + 1
+                    time.ahead += PROBE + 1
                 partner.weather.end()
                 assert await _ask(desk) is None
                 assert await _row(desk) == (None, None)

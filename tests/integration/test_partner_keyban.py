@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from indexer.partners.client import DOUBTS, PROBE, Denied, Unavailable
+from indexer.partners.client import Denied, Unavailable
+from indexer.partners.credential import DOUBTS, PROBE
 from indexer.partners.orders import Ledger
 from indexer.sandbox.partners.keyban import Keyban
 from indexer.sandbox.partners.movement import AT_ONCE, STUCK, Course

@@ -10,7 +10,8 @@ import pytest
 
 from indexer.model.types import Address
 from indexer.partners import loyfin
-from indexer.partners.client import PROBE, PartnerError, Refused
+from indexer.partners.client import PartnerError, Refused
+from indexer.partners.credential import PROBE
 from indexer.partners.loyfin import LIMIT, LoyfinPoller
 from indexer.partners.orders import Unusable
 from indexer.sandbox.partners.faults import FAULTS

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from indexer.partners.client import Client, Clock, Credential, Unavailable
+from indexer.partners.client import Client, Unavailable
+from indexer.partners.credential import Clock, Credential
 from indexer.partners.exchange import Http
 
 KEY = "a-key-that-must-not-leak"

@@ -20,9 +20,10 @@ import pytest
 from indexer import daemon
 from indexer.config import Config
 from indexer.observation import SettlementObserver
-from indexer.partners import client as client_module
+from indexer.partners import credential as credential_module
 from indexer.partners.account import Desk
-from indexer.partners.client import Client, Clock, Credential
+from indexer.partners.client import Client
+from indexer.partners.credential import Clock, Credential
 from indexer.partners.exchange import Http
 from indexer.partners.keyban import KeybanPoller
 from indexer.partners.orders import Ledger
@@ -327,7 +328,7 @@ async def _strike(here: Town, chances: Mapping[str, float], wanted: Sequence[fro
 async def test_whatever_the_partners_do_only_what_stands_is_ready(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "PROBE", 10.0)  # half a second here
+    monkeypatch.setattr(credential_module, "PROBE", 10.0)  # half a second here
     assert tuple(FAULTS) == CODES
     assert {fault: code for code, (chances, _) in FAULTS.items() for fault in chances} == dict(CATALOGUE)
     async with town(database) as here:

@@ -22,7 +22,7 @@ from indexer.model.evidence import PartnerTransfer, Status
 from indexer.model.matching import Claim, Matching, WalletRules
 from indexer.model.partner_matching import match_partners
 from indexer.partners.account import Desk
-from indexer.partners.client import Clock
+from indexer.partners.credential import Clock
 from indexer.partners.orders import Ledger, Page, order_time, page_of
 from indexer.partners.orders import transfers_of as order_transfers
 from indexer.partners.reading import Drift, without_people

@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from indexer.partners.client import Client, Clock, Credential, Denied, Limited, Unavailable
+from indexer.partners.client import Client, Denied, Limited, Unavailable
+from indexer.partners.credential import Clock, Credential
 from indexer.partners.exchange import Reply, Unanswered
 from indexer.partners.orders import page_of
 from indexer.partners.reading import Drift
