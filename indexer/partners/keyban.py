@@ -30,6 +30,7 @@ from indexer.partners.schedule import Schedule, Watch
 from indexer.partners.walk import Walk, Walker
 from indexer.store import lookups
 from indexer.store import partner_accounts as accounts
+from indexer.store import partner_listings as listings
 from indexer.store import partners as store
 from indexer.store.connection import Connection
 from indexer.store.partner_accounts import OpenWallet
@@ -195,7 +196,7 @@ class KeybanPoller:
         enough = None
         if not full:
             async with desk.lease.transaction() as conn:
-                known = await store.known_of(conn, desk.account, wallet.wallet)
+                known = await listings.known_of(conn, desk.account, wallet.wallet)
 
             def enough(walk: Walk, total: int | None) -> bool:
                 """Nothing is new, and all that may still change was read."""
@@ -246,7 +247,7 @@ class KeybanPoller:
                 for record, raw in walk.rows.items()
             ]
             stored += await store.store_records(conn, desk.account, rows)
-            stored += await store.still_there(conn, desk.account, list(walk.rows), self._keep)
+            stored += await listings.still_there(conn, desk.account, list(walk.rows), self._keep)
             swept = walk.complete and await self._sweep(conn, wallet, walk, began, stored)
             if walk.complete:
                 news = bool(stored.touched) or wallet.first_look is None or bool(wallet.legs)
@@ -264,14 +265,14 @@ class KeybanPoller:
         desk, last = self._desk, wallet.swept
         if walk.rows:
             self._full_at = max(self._full_at, began)
-        elif (await store.known_of(conn, desk.account, wallet.wallet)).records:
+        elif (await listings.known_of(conn, desk.account, wallet.wallet)).records:
             desk.count("empty_list")
             gap = EMPTY_GAP if last is not None and self._full_at > last else EMPTY_ALONE
             if last is None or began - last < gap:
                 return False
         if last is not None and began - last < self._sweep_gap:
             return False
-        gone = await store.sweep(conn, desk.account, wallet.wallet, walk.rows.keys())
+        gone = await listings.sweep(conn, desk.account, wallet.wallet, walk.rows.keys())
         stored += gone
         return True
 

@@ -28,6 +28,7 @@ from indexer.partners.transactions import (
     unknown_status,
 )
 from indexer.store import partner_accounts as accounts
+from indexer.store import partner_listings as listings
 from indexer.store import partners as store
 
 LIMIT: Final = 100  # never more: what the API does with more is not stated
@@ -138,7 +139,7 @@ class QiibeePoller:
         began = desk.wall
         async with desk.lease.transaction() as conn:
             state = await accounts.account_state(conn, desk.account)
-            restless = await store.oldest_restless_ms(conn, desk.account, began - RESTLESS)
+            restless = await listings.oldest_restless_ms(conn, desk.account, began - RESTLESS)
         last: float | None = state.get("last_look")
         offset, before = 0, None
         for _ in range(MOST_PAGES):
@@ -166,12 +167,12 @@ class QiibeePoller:
         if restless_ms is not None and (not times or min(times) >= restless_ms):
             return False
         async with self._desk.lease.transaction() as conn:
-            resting = await store.resting(conn, self._desk.account, list(rows), self._keep)
+            resting = await listings.resting(conn, self._desk.account, list(rows), self._keep)
         return bool(rows) and resting == len(rows)
 
     async def _empty(self) -> None:
         async with self._desk.lease.transaction() as conn:
-            if (await store.known_of(conn, self._desk.account, "", limit=1)).records:
+            if (await listings.known_of(conn, self._desk.account, "", limit=1)).records:
                 self._desk.count("empty_list")
 
     async def _page(self, offset: int, span: dict[str, str]) -> History:
@@ -231,7 +232,7 @@ class QiibeePoller:
                 for record, row in rows.items()
             ]
             stored += await store.store_records(conn, desk.account, found)
-            stored += await store.still_there(conn, desk.account, list(rows), self._keep)
+            stored += await listings.still_there(conn, desk.account, list(rows), self._keep)
             if times:
                 await accounts.save_state(conn, desk.account, times)
         if last is not None:
@@ -258,7 +259,7 @@ class QiibeePoller:
         since_ms = None if since is None else int(since) * 1000
         async with desk.writing() as (conn, stored):
             if reading.whole and (reading.ids or now - swept >= EMPTY_ALONE):
-                stored += await store.sweep(conn, desk.account, "", reading.ids, since_ms, int(now) * 1000)
+                stored += await listings.sweep(conn, desk.account, "", reading.ids, since_ms, int(now) * 1000)
             times = {"swept": now} | ({"swept_whole": now} if everything else {})
             await accounts.save_state(conn, desk.account, times)
 

@@ -87,12 +87,13 @@ async def transfers_for(conn: Connection, groups: Iterable[Group], ids: Sequence
         ids,
     )
     if hashes := {(row["chain_id"], text) for row in rows if row["chain_id"] is not None for text in _hashes(row)}:
-        # partner_transfer_tx_idx, claim_evidence_id_key
+        # partner_transfer_tx_idx, claim_evidence_id_key: row by row, whatever the planner expects of the overlap
         rows += await conn.fetch(
             f"""
-            SELECT {TRANSFER} FROM indexer.partner_transfer t JOIN indexer.claim c ON c.evidence_id = t.id
+            SELECT {TRANSFER} FROM indexer.partner_transfer t
             WHERE t.chain_id IS NOT NULL AND t.tx_hashes && $2::text[] AND t.chain_id = ANY ($1::bigint[])
               AND t.id <> ALL ($3::uuid[]) AND t.withdrawn_at IS NULL
+              AND (SELECT c.leg FROM indexer.claim c WHERE c.evidence_id = t.id) IS NOT NULL
             """,  # noqa: S608
             list({chain for chain, _ in hashes}),
             [text for _, text in hashes],

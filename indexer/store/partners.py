@@ -1,4 +1,4 @@
-"""Facts from partners as the pollers write them: versions of records, the transfers in them, and what is missing from them.
+"""Facts from partners as the pollers write them: versions of records, and the transfers in them.
 
 Every function works inside the caller's leased transaction and neither begins nor commits. What it changes it also queues for
 the reconciler, and notifies; what a record means was decided by the poller, what it settles is the reconciler's.
@@ -17,9 +17,7 @@ import asyncpg
 from indexer.store.connection import Connection
 from indexer.store.partner_accounts import OPEN, Account
 
-SWEEPS_UNTIL_GONE = 2  # full sweeps in a row that lack a record: then it is withdrawn
-
-_SETTLED = ("included", "succeeded")
+SETTLED = ("included", "succeeded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,72 +116,6 @@ async def current_records(conn: Connection, account: Account, record_ids: Collec
     return {row[0]: Current(*row[1:]) for row in rows}
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
-    """What a wallet's listing should hold: how many records, and which of them do not rest yet."""
-
-    records: frozenset[str]
-    restless: frozenset[str]
-
-
-async def known_of(conn: Connection, account: Account, wallet: str, limit: int | None = None) -> Known:
-    """partner_record_wallet_idx and partner_transfer_record_idx. A record rests when all its evidence has succeeded or failed."""
-    rows = await conn.fetch(
-        """
-        SELECT r.record_id, EXISTS (
-            SELECT FROM indexer.partner_transfer t WHERE t.brand = $1 AND t.partner = $2 AND t.record_id = r.record_id)
-          AND NOT EXISTS (
-            SELECT FROM indexer.partner_transfer t WHERE t.brand = $1 AND t.partner = $2 AND t.record_id = r.record_id
-              AND t.status NOT IN ('succeeded', 'failed')) AS rests
-        FROM indexer.partner_record r WHERE r.brand = $1 AND r.partner = $2 AND r.wallet = $3 AND r.current AND r.missing < $4
-        LIMIT $5
-        """,
-        account.brand,
-        account.partner,
-        wallet,
-        SWEEPS_UNTIL_GONE,
-        limit,
-    )
-    return Known(frozenset(r[0] for r in rows), frozenset(r[0] for r in rows if not r[1]))
-
-
-async def oldest_restless_ms(conn: Connection, account: Account, since: float) -> int | None:
-    """The time of the oldest evidence, first seen after `since` (Unix seconds), that has neither succeeded nor failed.
-
-    partner_transfer_page_idx: it takes a time that the planner can see, so the database's clock is not asked here.
-    """
-    found = await conn.fetchval(
-        """
-        SELECT min(t.time_ms) FROM indexer.partner_transfer t
-        WHERE t.brand = $1 AND t.partner = $2 AND t.status IN ('pending', 'included') AND t.withdrawn_at IS NULL
-          AND t.first_seen_at > to_timestamp($3::float8)
-        """,
-        account.brand,
-        account.partner,
-        since,
-    )
-    return None if found is None else int(found)
-
-
-async def resting(conn: Connection, account: Account, record_ids: Sequence[str], keep: float) -> int:
-    """How many of these are stored and at rest: their evidence failed, or has stood for `keep` seconds."""
-    return int(
-        await conn.fetchval(
-            """
-            SELECT count(*) FROM indexer.partner_record r
-            WHERE r.brand = $1 AND r.partner = $2 AND r.record_id = ANY ($3::text[]) AND r.current AND r.missing = 0
-              AND NOT EXISTS (
-                SELECT FROM indexer.partner_transfer t WHERE t.brand = $1 AND t.partner = $2 AND t.record_id = r.record_id
-                  AND NOT (t.status = 'failed' OR (t.status = 'succeeded' AND t.seen_at >= t.settled_at + make_interval(secs => $4))))
-            """,
-            account.brand,
-            account.partner,
-            list(record_ids),
-            keep,
-        )
-    )
-
-
 async def store_records(conn: Connection, account: Account, records: Sequence[RecordRow]) -> Stored:
     """A listing's records: new versions, and the evidence wherever it differs from what is stored.
 
@@ -229,7 +161,7 @@ async def store_records(conn: Connection, account: Account, records: Sequence[Re
         stands = was is not None and not was["withdrawn"] and _place(was) == transfer.place
         if was is not None and stands and _rest(was) == transfer.rest and transfer.time_ms in (None, was["time_ms"]):
             continue
-        if was is not None and was["status"] in _SETTLED and not stands:
+        if was is not None and was["status"] in SETTLED and not stands:
             stored.unsettled += not was["withdrawn"]
         stored.touched.add((transfer.kind, transfer.wallet))
         rows.append(
@@ -250,7 +182,7 @@ async def store_records(conn: Connection, account: Account, records: Sequence[Re
                 transfer.tx_hashes[-1] if transfer.tx_hashes else None,
                 list(transfer.tx_hashes),
                 transfer.block_number,
-                transfer.status in _SETTLED,
+                transfer.status in SETTLED,
                 stands,
                 None if transfer.undated else record.after_ms,
             )
@@ -261,7 +193,7 @@ async def store_records(conn: Connection, account: Account, records: Sequence[Re
         row
         for key, row in before.items()
         if key not in told
-        and row["status"] in ("pending", *_SETTLED)
+        and row["status"] in ("pending", *SETTLED)
         and row["amount_text"] is not None
         and row["record_id"] in scopes
         and scopes[row["record_id"]] in (None, row["wallet"])
@@ -275,7 +207,7 @@ async def store_records(conn: Connection, account: Account, records: Sequence[Re
             """,
             [row["id"] for row in silent],
         )
-        stored.unsettled += sum(row["status"] in _SETTLED and not row["withdrawn"] for row in silent)
+        stored.unsettled += sum(row["status"] in SETTLED and not row["withdrawn"] for row in silent)
         stored.touched |= {(row["kind"], row["wallet"]) for row in silent}
     return stored
 
@@ -330,86 +262,6 @@ ON CONFLICT (id) DO UPDATE SET brand = excluded.brand, token = excluded.token, a
     unmatched_look_at = CASE WHEN $19 THEN t.unmatched_look_at ELSE clock_timestamp() END
 WHERE t.brand = excluded.brand OR (t.withdrawn_at IS NOT NULL AND NOT EXISTS (SELECT FROM indexer.claim c WHERE c.evidence_id = t.id))
 """
-
-
-async def still_there(conn: Connection, account: Account, record_ids: Sequence[str], keep: float) -> Stored:
-    """Records that a listing held: they are not missing (any more).
-
-    `keep`: seconds for which evidence must stand unchanged before it is final; until then it is noted that it was seen.
-    """
-    stored = Stored()
-    status = await conn.execute(
-        """
-        UPDATE indexer.partner_record SET missing = 0
-        WHERE brand = $1 AND partner = $2 AND record_id = ANY ($3::text[]) AND current AND missing > 0
-        """,
-        account.brand,
-        account.partner,
-        list(record_ids),
-    )
-    stored.returned = int(status.rpartition(" ")[2])
-    if keep > 0:
-        rows = await conn.fetch(
-            """
-            UPDATE indexer.partner_transfer SET seen_at = clock_timestamp()
-            WHERE brand = $1 AND partner = $2 AND record_id = ANY ($3::text[]) AND withdrawn_at IS NULL
-              AND settled_at IS NOT NULL AND seen_at < settled_at + make_interval(secs => $4)
-            RETURNING kind, wallet, seen_at >= settled_at + make_interval(secs => $4) AS stood
-            """,
-            account.brand,
-            account.partner,
-            list(record_ids),
-            keep,
-        )
-        stored.touched |= {(row[0], row[1]) for row in rows if row[2]}
-    return stored
-
-
-async def sweep(
-    conn: Connection,
-    account: Account,
-    wallet: str,
-    seen: Collection[str],
-    since_ms: int | None = None,
-    until_ms: int | None = None,
-) -> Stored:
-    """A complete listing held `seen` and nothing else: what it should have held and didn't is missing, at last withdrawn.
-
-    `since_ms`, `until_ms`: it spoke of records with times between, both exclusive. partner_record_wallet_idx.
-    """
-    stored = Stored()
-    rows = await conn.fetch(
-        """
-        UPDATE indexer.partner_record SET missing = least(missing + 1, 1000)
-        WHERE brand = $1 AND partner = $2 AND wallet = $3 AND current
-          AND ($5::bigint IS NULL OR time_ms > $5) AND ($6::bigint IS NULL OR time_ms < $6)
-          AND record_id NOT IN (SELECT unnest($4::text[]))
-        RETURNING record_id, missing
-        """,
-        account.brand,
-        account.partner,
-        wallet,
-        list(seen),
-        since_ms,
-        until_ms,
-    )
-    stored.missing = sum(row[1] < SWEEPS_UNTIL_GONE for row in rows)
-    gone = [row[0] for row in rows if row[1] == SWEEPS_UNTIL_GONE]
-    if gone:
-        stored.withdrawn = len(gone)
-        lost = await conn.fetch(
-            """
-            UPDATE indexer.partner_transfer SET withdrawn_at = clock_timestamp()
-            WHERE brand = $1 AND partner = $2 AND record_id = ANY ($3::text[]) AND withdrawn_at IS NULL
-            RETURNING kind, wallet, status
-            """,
-            account.brand,
-            account.partner,
-            gone,
-        )
-        stored.unsettled = sum(row[2] in _SETTLED for row in lost)
-        stored.touched |= {(row[0], row[1]) for row in lost}
-    return stored
 
 
 async def touch_partner_legs(conn: Connection, brand: str, touched: Iterable[tuple[str, str]]) -> None:

@@ -36,6 +36,7 @@ from indexer.store import (
     operations,
     overview,
     partner_accounts,
+    partner_listings,
     partners,
     programmes,
     queries,
@@ -377,25 +378,27 @@ async def _pollers(watched: Watched, conn: asyncpg.Connection) -> None:
     db: Any = watched
     account = partner_accounts.Account(BRAND, "keyban")
     wallet = "w17"
-    known = await partners.known_of(db, account, wallet)
+    known = await partner_listings.known_of(db, account, wallet)
     assert len(known.records) == 3
     current = await partners.current_records(db, account, known.records)
     assert {each.version for each in current.values()} == {2}
-    await partners.oldest_restless_ms(db, account, datetime.now(UTC).timestamp() - 3600.0)
-    await partners.resting(db, account, list(known.records), 60.0)
+    await partner_listings.oldest_restless_ms(db, account, datetime.now(UTC).timestamp() - 3600.0)
+    await partner_listings.resting(db, account, list(known.records), 60.0)
     transfer = partners.TransferRow(
         uuid4(), "keyban.mint", "new", wallet, None, 100, "100", 1, False, "succeeded", "BaseSepolia", CHAIN, ("0x" + "cd" * 32,), 7
     )  # fmt: skip
     stored = await partners.store_records(db, account, [partners.RecordRow("new", 1, {}, wallet, 1, (transfer,))])
     assert stored.new == 1
-    await partners.still_there(db, account, list(known.records), 60.0)
+    await partner_listings.still_there(db, account, list(known.records), 60.0)
     for _ in range(2):
-        stored = await partners.sweep(db, account, wallet, ["new"], 0, 10**12)
+        stored = await partner_listings.sweep(db, account, wallet, ["new"], 0, 10**12)
     assert stored.withdrawn == 3
     await partners.touch_partner_legs(db, BRAND, [("keyban.mint", wallet)])
     assert len(await partner_accounts.idle_wallets(db, account, 50)) == 50
     await partner_accounts.looked(db, account, [wallet], 1.0, swept=True, news=False)
+    await partner_accounts.put_off(db, account, wallet)
     await lookups.ask_chain(db, [(CHAIN, b"\x07" * 32)])
+    await lookups.attempted(db, CHAIN, [b"\x07" * 32])
     assert await lookups.questions(db, CHAIN, 10, 2.0, 20)
     await lookups.canonical_hash(db, CHAIN, 5)
     await lookups.answer(db, CHAIN, [lookups.AnswerRow(b"\x07" * 32, 5, bytes(32), True, [])])

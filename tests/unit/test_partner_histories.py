@@ -34,7 +34,8 @@ from indexer.sandbox.partners.movement import AT_ONCE, Course, Movement
 from indexer.sandbox.partners.qiibee import BASE, Qiibee, User
 from indexer.sandbox.partners.wire import Request
 from indexer.store.partner_accounts import Account as PolledAccount
-from indexer.store.partners import SWEEPS_UNTIL_GONE, Current, TransferRow
+from indexer.store.partner_listings import SWEEPS_UNTIL_GONE
+from indexer.store.partners import Current, TransferRow
 from indexer.telemetry import Metrics
 from tests.partner_office import WORDS
 from tests.unit.test_partner_matching import HOLDS, SETTLES, History, a_leg, hold_to_the_book
