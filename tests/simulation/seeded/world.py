@@ -31,6 +31,7 @@ from tests.receiver import Received, Receiver
 from tests.simulation.seeded import faults
 from tests.simulation.seeded.loop import Process, VirtualLoop
 from tests.simulation.seeded.network import Network
+from tests.simulation.seeded.partners import Partners
 from tests.simulation.seeded.postgres import Link, Server, failure
 from tests.simulation.seeded.story import (
     BRAND,
@@ -87,6 +88,8 @@ class World:
         self.calm = False
         self.polling = self.rng.random() < 0.4
         self.endpoints = self.rng.choice([1, 2, 3, 3])
+        self.partners = Partners(self) if self.rng.random() < 0.5 else None
+        self.sections: dict[str, Any] = {}
         self.handed: set[tuple[str, int]] = set()
 
     # ------------------------------------------------------------------ the daemons
@@ -122,6 +125,7 @@ class World:
                 }
             ],
         }
+        brand |= self.sections
         return Config.model_validate(
             {
                 "state_dir": "/nonexistent",
@@ -195,8 +199,9 @@ class World:
         await asyncio.sleep(self.rng.choice([0.0, 1.0, 10.0]))
         said = await self.tell("SELECT loyalty.fulfil($1, $2, $3)", UUID(operation), generation, {"by": "the shop"})
         if said is not None:
-            expected = next(each for each in self.story.operations if each.reference == reference)
-            expected.receipts.add(generation)
+            for expected in self.story.operations:
+                if expected.reference == reference:
+                    expected.receipts.add(generation)
 
     async def tell(self, query: str, *args: object) -> Any:
         """A call of the brand's, repeated until it is answered; None where it is refused."""
@@ -419,6 +424,8 @@ class World:
             for _ in range(self.endpoints):
                 self.nodes.append(await stack.enter_async_context(FakeNode(chain=story.chain)))
             await stack.enter_async_context(self.receiver.open())
+            if self.partners:
+                self.sections = await self.partners.open(stack)
             self.database = await Database.connect(self.url, pool_size=3, check_schema=False)
             self.config = self.configuration()
             self.server.meddle = self.meddle
@@ -435,6 +442,8 @@ class World:
                 troubles.append(self.misfortune(until))
             if rng.random() < 0.75:
                 troubles.append(faults.sicken(self, until))
+            if self.partners:
+                troubles += [self.partners.trade(until), self.partners.storms(until)]
             await asyncio.gather(*(asyncio.create_task(trouble) for trouble in troubles))
             wrong = await self.rest()
             for task in tasks:
@@ -448,6 +457,8 @@ class World:
         story.halted = False
         for node in self.nodes:
             await faults.recover(self, node)
+        if self.partners:
+            self.partners.calm()
         self.network.slow = 0.1
         for process in list(self.processes):
             process.thaw()
@@ -459,26 +470,39 @@ class World:
             await asyncio.sleep(1.0)
         deadline = max((int(leg["deadline"]) for each in story.operations for leg in each.legs), default=0)
         await asyncio.sleep(max(0.0, deadline + 2 - self.loop.wall))
-        story.halted = True
-        await asyncio.sleep(1.0)
-        head = story.chain.head.number
-        story.chain.safe = story.chain.finalized = head
-        story.remember()
         began, wrong = self.loop.now, ["never judged"]
         while wrong and self.loop.now < began + QUIET:
-            await asyncio.sleep(10.0)
+            # blocks in bursts, so that endpoints stay alive and seeds cheap; all of them final
+            story.halted = False
+            await asyncio.sleep(0.5)
+            story.halted = True
+            story.chain.safe = story.chain.finalized = story.chain.head.number
+            story.remember()
+            await asyncio.sleep(9.5)
             wrong = await self.judge()
-        return wrong
+        return wrong + [await self.situation()] if wrong else []
+
+    async def situation(self) -> str:
+        """For people: where the chain and its tasks stand when a seed has failed."""
+        async with self.database.pool.acquire() as conn:
+            chain = await conn.fetchrow(
+                "SELECT head_number, safe_number, finalized_number, agreed_number, quorum, mode, latch, endpoints FROM indexer.chain"
+            )
+            leases = await conn.fetch("SELECT task, epoch, until > clock_timestamp() AS held FROM indexer.lease")
+        return f"at the end: the chain's head {self.story.chain.head.number}; ours {dict(chain or {})}; leases {[tuple(row) for row in leases]}"
 
     async def judge(self) -> list[str]:
         story = self.story
         async with self.database.pool.acquire() as conn:
             wrong = oracle.judge_facts(story.truth(), await oracle.read_facts(conn, CHAIN_ID))
             wrong += await oracle.judge_database(conn)
-            wrong += oracle.judge_states(
-                {e.reference: story.expected(e) for e in story.operations}, await oracle.read_states(conn, BRAND)
-            )
-            wrong += oracle.judge_ready(await self._told_ready(conn), story.moments, grace=faults.GRACE)
+            expected = {each.reference: story.expected(each) for each in story.operations}
+            if self.partners:
+                expected |= self.partners.expected()
+            wrong += oracle.judge_states(expected, await oracle.read_states(conn, BRAND))
+            told, wrong_partners = await self._told_ready(conn)
+            wrong += wrong_partners
+            wrong += oracle.judge_ready(told, story.moments, grace=faults.GRACE)
             wrong += await self._judge_reverted(conn)
             wrong += await self._judge_deliveries(conn)
             unnumbered = await conn.fetchval("SELECT count(*) FROM indexer.outbox WHERE sequence IS NULL")
@@ -486,16 +510,20 @@ class World:
                 wrong.append(f"{unnumbered} signals have no number")
         return wrong
 
-    async def _told_ready(self, conn: asyncpg.Connection) -> list[oracle.Ready]:
+    async def _told_ready(self, conn: asyncpg.Connection) -> tuple[list[oracle.Ready], list[str]]:
         rows = await conn.fetch(
             "SELECT payload, extract(epoch FROM created_at)::float8 AS at FROM indexer.outbox"
             " WHERE type IN ('operation.ready', 'operation.restored') ORDER BY position"
         )
         legs = {each.reference: each.legs for each in self.story.operations}
-        told = []
+        told, wrong = [], []
         for row in rows:
             data = row["payload"]["data"]
             reference = data["operation"]["reference"]
+            if reference not in legs:
+                assert self.partners is not None
+                wrong += self.partners.judge_ready(reference, row["at"])
+                continue
             bases = tuple(
                 oracle.Basis(
                     {
@@ -510,7 +538,7 @@ class World:
                 for found in data["evidence"]
             )
             told.append(oracle.Ready(reference, round(row["at"], 6), bases))
-        return told
+        return told, wrong
 
     async def _judge_reverted(self, conn: asyncpg.Connection) -> list[str]:
         """Nothing is taken back that stood all the time."""
@@ -521,6 +549,8 @@ class World:
         wrong = []
         for row in rows:
             data = row["payload"]["data"]
+            if data["operation"]["reference"].startswith("partner"):
+                continue
             blocks = {(bytes.fromhex(each["blockHash"][2:]), each["logIndex"]) for each in data["evidence"]}
             times = [moment for moment in self.story.moments if row["told"] - faults.GRACE <= moment.at <= row["taken"]]
             if all(blocks <= moment.events.keys() for moment in times):
