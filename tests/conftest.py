@@ -21,6 +21,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import pytest
+from hypothesis import HealthCheck, settings
 
 from indexer.store import schema
 from indexer.store.database import Database
@@ -32,6 +33,12 @@ _limit = sys.getrecursionlimit()
 import py_ecc  # noqa: E402, F401
 
 sys.setrecursionlimit(_limit)
+
+# the same examples on every run, however busy the machine is; `--hypothesis-profile default` looks for new ones
+settings.register_profile(
+    "same", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("same")
 
 _ROOM = 4 * 2**30  # bytes; a worker needs some hundred megabytes
 
