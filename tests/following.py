@@ -136,7 +136,7 @@ async def stored(database: Database) -> set[Place]:
     return rows
 
 
-async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float = 20.0, what: str = "") -> None:
+async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float = 60.0, what: str = "") -> None:
     """Waits until the condition holds; fails after the deadline."""
     async with asyncio.timeout(seconds):
         while not await condition():
@@ -148,7 +148,7 @@ async def head_of(database: Database) -> tuple[int, bytes] | None:
     return None if row is None or row[0] is None else (row[0], row[1])
 
 
-async def caught_up(database: Database, node: FakeNode, seconds: float = 20.0) -> None:
+async def caught_up(database: Database, node: FakeNode, seconds: float = 60.0) -> None:
     """Waits until our head is the node's."""
 
     async def there() -> bool:
@@ -234,7 +234,7 @@ async def filling(
             await task
 
 
-async def history_filled(database: Database, chain_id: int, seconds: float = 30.0) -> None:
+async def history_filled(database: Database, chain_id: int, seconds: float = 60.0) -> None:
     """Waits until no active emitter misses a block up to finalized."""
     session = await database.session("test")
     try:

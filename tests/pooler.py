@@ -318,7 +318,7 @@ class PgBouncer:
 
 
 async def _listens(port: int, alive: Callable[[], bool], log: Path) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             assert alive(), f"PgBouncer ended: {log.read_text()}"
             with suppress(OSError):

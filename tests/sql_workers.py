@@ -102,7 +102,7 @@ class Crew:
         os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
         self.killed += 1
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while await self.owner.fetchval("SELECT count(*) FROM pg_stat_activity WHERE application_name = $1", name):
                 await asyncio.sleep(0.005)
         await self.owner.execute(

@@ -466,7 +466,7 @@ async def test_more_requests_than_the_bound_are_told_to_come_again(
             # whoever registers this reference waits for us
             await holder.execute("LOCK TABLE indexer.operation IN EXCLUSIVE MODE")
             waiting = [asyncio.create_task(small.call("POST", "/v1/operations", body=registration())) for _ in range(3)]
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while await holder.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted") < 3:
                     await asyncio.sleep(0.01)
                 status, _, headers = await small.call("GET", "/v1/status")

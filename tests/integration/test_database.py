@@ -69,7 +69,7 @@ async def test_a_pool_outlives_the_end_of_its_sessions(database: Database, dsn: 
         " WHERE datname = current_database() AND pid <> pg_backend_pid() AND usename = current_user"
     )
     await other.close()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             try:
                 assert await database.pool.fetchval("SELECT 1") == 1

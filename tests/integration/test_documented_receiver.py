@@ -94,7 +94,7 @@ async def test_the_documented_receiver_takes_what_is_ours_through_a_rotation_and
         wakeups.poke("numbered")
 
     async def delivered(new: Signal) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while (
                 await database.pool.fetchval("SELECT state FROM indexer.delivery WHERE signal_id = $1", new.id)
                 != "delivered"
@@ -124,7 +124,7 @@ async def test_the_documented_receiver_takes_what_is_ours_through_a_rotation_and
             # the receiver has not changed over when the old one is dropped: it refuses, and is right to
             dispatcher.configure([endpoint(NEW)])
             await send(after)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while not await database.pool.fetchval("SELECT count(*) FROM indexer.delivery WHERE status = 400"):
                     await asyncio.sleep(0.01)
             assert [UUID(id) for id, _ in shop.taken] == [before.id, between.id]

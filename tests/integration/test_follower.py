@@ -154,7 +154,7 @@ async def test_a_lagging_node_undoes_nothing(database: Database, socket: bool) -
 
 async def by_socket(database: Database, node: FakeNode) -> int:
     """Mines empty blocks until one of them was followed by socket, which it returns."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             number = node.mine().number
             await caught_up(database, node)
@@ -247,7 +247,7 @@ async def test_a_silent_socket_is_replaced_by_polling_and_taken_up_again(databas
             return await database.pool.fetchval("SELECT mode FROM indexer.chain") == wanted
 
         async def mining(wanted: str) -> None:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 n = 1000
                 while not await mode(wanted):
                     n += 1

@@ -55,7 +55,7 @@ async def sessions_of(database: Database, task: str) -> list[int]:
 
 async def taken_over(database: Database) -> Lease:
     """The lease, as soon as the holder's has lapsed; long enough not to need renewing."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (lease := await Leases(database, ttl=60).acquire(TASK)) is None:
             await asyncio.sleep(0.05)
     return lease
@@ -134,7 +134,7 @@ async def other(dsn: str) -> AsyncIterator[Start]:
 
 
 async def said(process: asyncio.subprocess.Process) -> str:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         return (await process.stdout.readline()).decode().strip()
 
 
@@ -166,7 +166,7 @@ async def test_the_lease_of_a_killed_holder_is_taken_over_once_it_lapses(other: 
     process = await other("open")
     assert await said(process) == "still"
     process.kill()
-    async with asyncio.timeout(20), Leases(database, ttl=TTL).hold(TASK) as lease:
+    async with asyncio.timeout(60), Leases(database, ttl=TTL).hold(TASK) as lease:
         async with lease.transaction() as connection:
             await write(connection, 9)
     assert await written(database) == [1, 9]
@@ -440,7 +440,7 @@ async def test_a_task_runs_again_as_soon_as_the_database_is_back() -> None:
                     await asyncio.sleep(3600)
 
                 async def epochs(count: int) -> None:
-                    async with asyncio.timeout(30):
+                    async with asyncio.timeout(60):
                         while any(len(seen) < count for seen in begun.values()):
                             await asyncio.sleep(0.02)
 

@@ -162,7 +162,7 @@ async def test_legs_of_every_partner_settle_in_any_weather(database: Database, d
                 burn = {"kind": "keyban.burn", "walletId": account.wallet, "amount": str(30 + number)}
                 debit = {"kind": "qiibee.debit", "walletId": user.auth_id, "amount": str(40 + number)}
                 await register(database, f"bad-{number}", burn, debit)
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 while min(sum(partner.weather.struck.values()) for partner in (keyban, qiibee)) < 10:
                     await asyncio.sleep(0.1)
             for partner in (keyban, qiibee):
@@ -196,7 +196,7 @@ async def test_a_reload_takes_a_new_key_and_new_accounts_and_leaves_the_rest_alo
             async with running(wrong, lambda: right):
                 keyban.mint(account, 10)
                 await register(database, "m", {"kind": "keyban.mint", "walletId": account.wallet, "amount": "10"})
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(60):
                     refused = "SELECT stopped_at FROM indexer.partner_account WHERE stopped_at IS NOT NULL"
                     while await database.pool.fetchval(refused) is None or len(await epochs()) < 6:
                         await asyncio.sleep(0.1)

@@ -360,7 +360,7 @@ async def test_a_poller_finds_what_is_registered_while_it_runs(database: Databas
                 partner.mint(account, 10, AT_ONCE if number else STUCK)
                 await desk.register(mint(account.wallet, 10), reference=f"r{number}")
             desk.desk.wakeups.poke("registered")
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while len([t for t in await desk.transfers() if t["status"] == "succeeded"]) < 29:
                     await asyncio.sleep(0.05)
             assert "orders_all" in {endpoint for endpoint, _ in desk.requests}  # many were due at once: one listing
@@ -480,7 +480,7 @@ async def test_a_listing_of_all_that_never_stands_still_is_given_up_for_one_by_o
             await desk.register(mint(account.wallet, 7), reference=account.wallet)
             partner.mint(account, 7, AT_ONCE)
         async with at_work(desk.desk, desk.keyban(poll=0.2)):
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while await database.pool.fetchval("SELECT count(*) FROM indexer.partner_wallet") < len(accounts):
                     await asyncio.sleep(0.02)
             await _settles(desk, len(accounts))

@@ -76,7 +76,7 @@ def numbers(page: list[dict[str, Any]]) -> list[int]:
     return [entry["data"]["sequence"] for entry in page]
 
 
-async def until(condition: Any, seconds: float = 20) -> None:
+async def until(condition: Any, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"

@@ -47,7 +47,7 @@ def log(index: int = 0, address: bytes = FACTORY, topic: bytes = TOPIC) -> tuple
     return address, [topic, index.to_bytes(32, "big")], index.to_bytes(32, "big") * 3
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come about in time"

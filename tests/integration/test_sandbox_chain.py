@@ -548,7 +548,7 @@ async def test_anvil_dies_with_its_parent() -> None:
         assert _alive(child)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while _alive(child):
             await asyncio.sleep(0.02)
 

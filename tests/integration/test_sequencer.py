@@ -29,7 +29,7 @@ def signal(brand: str, operation: UUID, kind: str = "operation.ready", supersede
     return Signal(identity, brand, "operation", operation, kind, payload, 1, supersedes)
 
 
-async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 20) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not await condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"
@@ -132,7 +132,7 @@ async def test_an_open_transaction_of_a_brand_holds_up_nobody(database: Database
         # and it holds the brand's row as an uncommitted registration does
         await conn.execute("SELECT FROM indexer.brand WHERE name = 'acme' FOR KEY SHARE")
         await commit(database, prompt, other)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             assert (await numbered(database)).signals == {"acme": 1, "bloom": 1}
         await transaction.commit()
     assert (await numbered(database)).signals == {"acme": 1}

@@ -44,7 +44,7 @@ async def test_an_operation_that_cannot_be_worked_out_is_put_off_and_the_others_
         settling = at_work(
             Leases(database, ttl=10), loop.TASK, lambda lease: loop.settle(lease, Wakeups(), INCLUDED, {}, Nobody())
         )
-        async with settling, asyncio.timeout(20):
+        async with settling, asyncio.timeout(60):
             while [await world.state(o) for o in operations].count("ready") < 4:
                 await asyncio.sleep(0.05)
             while not await world.conn.fetchval("SELECT count(*) FROM indexer.alarm WHERE axis = 'clock_ms'"):

@@ -472,7 +472,7 @@ async def test_notifications_carry_no_data(estate: Estate, mine: asyncpg.Connect
         await estate.world.settle()
         async with database.pool.acquire() as conn, conn.transaction():
             await signals.number(conn)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while {name for name, _ in heard} < {channel("registered"), channel("settled"), channel("numbered")}:
                 await mine.fetchval("SELECT 1")
                 await asyncio.sleep(0.02)

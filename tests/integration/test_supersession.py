@@ -97,7 +97,7 @@ async def held_at_its_snapshot(owner_dsn: str, looking: asyncpg.Connection) -> A
 
 
 async def waits_at_the_gate(conn: asyncpg.Connection) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not await conn.fetchval(
             "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)"
         ):
@@ -130,7 +130,7 @@ async def test_a_supersession_that_has_not_committed_is_waited_for_by_nobody_els
     await change.start()
     await signals.append(reconciler, [signal(REVERTED, ready.aggregateid, ready)])
     await told(dispatcher, other)
-    async with asyncio.timeout(10):  # it goes on with what is free, and comes back for the rest
+    async with asyncio.timeout(60):  # it goes on with what is free, and comes back for the rest
         assert [attempt.signal_id for attempt in await take_all(dispatcher)] == [other.id]
         assert await deliveries.next_due(dispatcher, ROOMS) <= 0  # type: ignore[operator]
     await change.commit()
@@ -170,5 +170,5 @@ async def test_a_brands_open_transaction_holds_up_no_attempt(owner_dsn: str, dis
         await world.conn.execute("UPDATE indexer.operation SET state = 'ready', generation = 1")
         async with world.conn.transaction():
             assert await world.fulfil(operation, 1) == "fulfilled"  # … and then the brand's program goes to lunch
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 assert begun(await deliveries.begin(dispatcher, ROOMS)) == [new[0].id]

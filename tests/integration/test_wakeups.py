@@ -12,7 +12,7 @@ from indexer.store.database import Database
 from indexer.store.wakeups import Wakeups, channel
 
 
-async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.01)

@@ -44,7 +44,7 @@ async def endpoints(world: World) -> dict[str, dict[str, Any]]:
     return {each["name"]: each for each in told or []}
 
 
-async def standing(world: World, node: FakeNode, state: str, seconds: float = 20.0) -> str:
+async def standing(world: World, node: FakeNode, state: str, seconds: float = 60.0) -> str:
     """Waits until the endpoint is said to stand so; the reason."""
     name = f"127.0.0.1:{node.port}"
 

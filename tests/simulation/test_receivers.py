@@ -42,7 +42,7 @@ ATTEMPTS = len(COMPRESSED) + 1
 RULES = {BRAND: BrandRules((Policy(Level.INCLUDED, max_amount=100), Policy(Level.SAFE)))}
 
 
-async def until(condition: Callable[[], Awaitable[object]], what: str, seconds: float = 40) -> None:
+async def until(condition: Callable[[], Awaitable[object]], what: str, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not await condition():
         assert time.monotonic() < deadline, f"not in time: {what}"
@@ -277,7 +277,7 @@ class Shifts:
             yield
         finally:
             await self.end("drained")
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 outcomes = await asyncio.gather(*(task for task, _ in self.frozen), return_exceptions=True)
             for _, dispatcher in self.frozen:
                 await dispatcher.close()

@@ -23,7 +23,7 @@ async def test_the_dispatcher_stops_while_it_is_being_woken(database: Database, 
             await dispatcher.run(lease, Wakeups())
 
     task = asyncio.create_task(deliver())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not await database.pool.fetchval("SELECT count(*) FROM indexer.lease WHERE holder IS NOT NULL"):
             await asyncio.sleep(0.01)
     for _ in range(3):  # let it come to rest

@@ -155,7 +155,7 @@ class World:
 
     # ------------------------------------------------------------------ waiting
 
-    async def reaches(self, reference: str, state: str, seconds: float = 20.0) -> None:
+    async def reaches(self, reference: str, state: str, seconds: float = 60.0) -> None:
         """Waits for the state. Looks are asked for meanwhile: the clock's alarm comes only every three seconds."""
 
         async def there() -> bool:
@@ -252,7 +252,7 @@ class World:
             return await stored(self.database) == truth(self.node.chain, factories)
 
         try:
-            await eventually(complete, 10)
+            await eventually(complete)
         except TimeoutError:
             ours, theirs = await stored(self.database), truth(self.node.chain, factories)
             raise AssertionError(f"missing {sorted(theirs - ours)}, too many {sorted(ours - theirs)}") from None
@@ -266,7 +266,7 @@ class World:
         async def numbered() -> bool:
             return not await self.database.pool.fetchval("SELECT count(*) FROM indexer.outbox WHERE sequence IS NULL")
 
-        await eventually(numbered, 10, "numbering")
+        await eventually(numbered, what="numbering")
         rows = await self.database.pool.fetch("SELECT sequence FROM indexer.outbox ORDER BY sequence")
         assert [row["sequence"] for row in rows] == list(range(1, len(rows) + 1))
 

@@ -138,7 +138,7 @@ async def port() -> AsyncIterator[int]:
 async def post(url: str, names: Names, *allow: str) -> int:
     checked = check_url(url, networks(allow))
     guard = Guard(networks(allow), plain_http=checked.scheme == "http")
-    async with open_session(guard, names, connections=2) as session, asyncio.timeout(10):
+    async with open_session(guard, names, connections=2) as session, asyncio.timeout(60):
         async with session.post(checked, data=b"{}", allow_redirects=False) as response:
             return response.status
 
