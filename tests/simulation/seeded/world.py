@@ -480,7 +480,7 @@ class World:
             story.remember()
             await asyncio.sleep(9.5)
             wrong = await self.judge()
-        return wrong + [await self.situation()] if wrong else []
+        return [*wrong, await self.situation()] if wrong else []
 
     async def situation(self) -> str:
         """For people: where the chain and its tasks stand when a seed has failed."""
