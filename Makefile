@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint bench simulate test-matrix lock wheel clean
+.PHONY: demo test lint bench simulate simulate-mutants test-matrix lock wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/indexer demo
@@ -25,6 +25,10 @@ SEEDS ?= 200
 FIRST ?= 1
 simulate: $(VENV)/.installed
 	$(BIN)/python -m tests.simulation.seeded $(if $(SEED),--seed $(SEED),--seeds $(SEEDS) --first $(FIRST)) $(SIMULATE_ARGS)
+
+# Planted bugs: some seed must notice each.
+simulate-mutants: $(VENV)/.installed
+	$(BIN)/python -m tests.simulation.seeded --mutants $(MUTANTS) $(SIMULATE_ARGS)
 
 # Python 3.11, 3.12, 3.13 against PostgreSQL 15 to 18: interpreters that are missing are named, not silently skipped.
 test-matrix:

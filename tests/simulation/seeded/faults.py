@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from indexer.sandbox.partners.faults import FAULTS as PARTNERS
 from tests.fake_node import FakeNode
 
 if TYPE_CHECKING:
@@ -236,6 +237,52 @@ BY_HAND = ("F85 sockets closed", "F68 sockets cut", "F75 connection refused", "F
 FAULTS: tuple[str, ...] = (*ALONE, *AMONG_OTHERS, *BY_HAND)
 
 
+RECEIVERS = (
+    "F120 taken, and never answered",
+    "F122 asked to wait",
+    "F123 redirected",
+    "F124 slow answer",
+    "F125 taken with an error's body",
+    "500 from the receiver",
+    "dropped by the receiver",
+)
+
+OF_THE_CHAIN = (
+    "F06 reorganisation, one",
+    "F06 reorganisation, two",
+    "F06 reorganisation, ten",
+    "F06 reorganisation, deep",
+    "F07 there and back",
+    "F09 two reorganisations",
+    "F12 a shorter chain",
+    "F13 replaced at the same height",
+    "F14 the chain halts",
+    "F15d created and used in one block",
+)
+
+OF_PROCESSES = (
+    "F90 killed",
+    "F90 killed at COMMIT",
+    "F90 killed in a transaction",
+    "F91 COMMIT lost",
+    "F91 COMMIT unacknowledged",
+    "F91 a session ends",
+    "F92 serialization failure",
+    "F92 deadlock",
+    "F94 frozen",
+    "F94 a lease lapses",
+    "F95 two leaders",
+    "F96 disk full",
+)
+
+OF_THE_BRAND = ("registered late", "other terms", "cancelled", "stopped in good order")
+
+OF_PARTNERS = tuple(f"{code} {name}" for name, code in PARTNERS.items() if name != "endless_body")
+
+#: Everything that a seed may make happen, by name.
+NAMES = frozenset((*FAULTS, *RECEIVERS, *OF_THE_CHAIN, *OF_PROCESSES, *OF_THE_BRAND, *OF_PARTNERS))
+
+
 async def sicken(world: World, until: float) -> None:
     """One node after the other, now and then; each is well again before the next falls ill."""
     rng = random.Random(f"nodes {world.seed}")
@@ -245,7 +292,7 @@ async def sicken(world: World, until: float) -> None:
     while world.loop.now < until:
         await asyncio.sleep(rng.expovariate(1 / pause))
         node, name = rng.choice(world.nodes), rng.choice(names)
-        world.struck[name] += 1
+        world.strike(name)
         world.loop.note(name, node.port)
         if name == "F85 sockets closed":
             await node.close_sockets(rng.choice([1001, 1011]))

@@ -102,7 +102,7 @@ class Partners:
             await asyncio.sleep(rng.expovariate(1 / 8.0))
             partner = rng.choice(self.both)
             for fault in rng.sample(sorted(FAULTS), rng.choice([1, 2])):
-                self.world.struck[f"{FAULTS[fault]} {fault}"] += 1
+                self.world.strike(f"{FAULTS[fault]} {fault}")
                 rare = fault in ("deleted", "turned", "reincluded")
                 partner.weather.begin(fault, chance=0.03 if rare else rng.choice([0.2, 0.6]))
             await asyncio.sleep(rng.choice([2.0, 10.0]))

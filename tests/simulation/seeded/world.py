@@ -92,6 +92,11 @@ class World:
         self.sections: dict[str, Any] = {}
         self.handed: set[tuple[str, int]] = set()
 
+    def strike(self, name: str) -> None:
+        """Counts one that happens; docs/faults.md knows it by this name."""
+        assert name in faults.NAMES, name
+        self.struck[name] += 1
+
     # ------------------------------------------------------------------ the daemons
 
     def configuration(self) -> Config:
@@ -163,12 +168,12 @@ class World:
     async def answer(self, received: Received) -> web.StreamResponse | bytes | None:
         rng = self.rng
         if not self.calm and rng.random() < self.slow_receiver:
-            self.struck["F124 slow answer"] += 1
+            self.strike("F124 slow answer")
             await asyncio.sleep(rng.choice([0.5, 5.0, 9.0]))
         lost = not self.calm and rng.random() < self.sick_receiver
         if lost:
             what = rng.choice(["F120", "F122", "F123", "F125", "500", "drop"])
-            self.struck[f"{what} receiver"] += 1
+            self.strike(next(name for name in faults.RECEIVERS if name.startswith(what)))
             if what == "F120":  # taken, and the answer never comes
                 self.take(received)
                 await asyncio.sleep(12.0)
@@ -247,7 +252,7 @@ class World:
                 leg["match"] = "wallet_amount"
             if rng.random() < 0.07 and match != "wallet_amount":
                 leg["amount"] = str(action.amount + 1)  # not what was signed
-                self.struck["other terms"] += 1
+                self.strike("other terms")
             legs.append(leg)
             actions.append(action)
         reference = f"op-{number}"
@@ -259,7 +264,7 @@ class World:
             if rng.random() < 0.9:
                 story.send(Tx(action.log(), action.deadline, (action,)), rng.choice([0.0, 0.5, 3.0, 8.0]))
         if not early:
-            self.struck["registered late"] += 1
+            self.strike("registered late")
             await asyncio.sleep(rng.choice([0.5, 4.0, 15.0]))
             await self.register(reference, legs, begun - 1)
         if rng.random() < 0.1:
@@ -267,7 +272,7 @@ class World:
             expected = next(each for each in story.operations if each.reference == reference)
             said = await self.tell("SELECT loyalty.cancel($1)", UUID(expected.id))
             expected.cancelled = said is not None
-            self.struck["cancelled"] += 1
+            self.strike("cancelled")
 
     # ------------------------------------------------------------------ trouble
 
@@ -288,29 +293,29 @@ class World:
                 [5, 3, 3, 1, 2, 2, 2, 1, 2, 2],
             )[0]
             if what in ("one", "two", "ten", "deep"):
-                self.struck[f"F06 reorganisation, {what}"] += 1
+                self.strike(f"F06 reorganisation, {what}")
                 story.reorganise({"one": 1, "two": 2, "ten": 10, "deep": 130}[what], rng.choice([0, 0, 1, 3]))
             elif what == "back":
-                self.struck["F07 there and back"] += 1
+                self.strike("F07 there and back")
                 await story.there_and_back()
             elif what == "shorter":
-                self.struck["F12 a shorter chain"] += 1
+                self.strike("F12 a shorter chain")
                 story.reorganise(rng.choice([3, 8]), -rng.choice([1, 3, 8]))
             elif what == "twice":
-                self.struck["F09 two reorganisations"] += 1
+                self.strike("F09 two reorganisations")
                 story.reorganise(rng.choice([1, 4]))
                 await asyncio.sleep(rng.choice([0.0, 0.05, 0.4]))
                 story.reorganise(rng.choice([2, 6]))
             elif what == "same height":
-                self.struck["F13 replaced at the same height"] += 1
+                self.strike("F13 replaced at the same height")
                 story.reorganise(1, 0)
             elif what == "halt":
-                self.struck["F14 the chain halts"] += 1
+                self.strike("F14 the chain halts")
                 story.halted = True
                 await asyncio.sleep(rng.choice([5.0, 40.0]))
                 story.halted = False
             else:
-                self.struck["F15d created and used in one block"] += 1
+                self.strike("F15d created and used in one block")
                 story.programmes += 1
                 n = story.programmes
                 log = story.action(programme=n).log()
@@ -330,30 +335,30 @@ class World:
             process = rng.choice(alive)
             what = rng.choices(["kill", "freeze", "second", "session", "stop", "lease"], [4, 2, 2, 3, 1, 1])[0]
             if what == "kill":
-                self.struck["F90 killed"] += 1
+                self.strike("F90 killed")
                 self.kill(process)
                 self._later(rng.choice([0.1, 3.0, 20.0]), self._ensure)
             elif what == "freeze":
-                self.struck["F94 frozen"] += 1
+                self.strike("F94 frozen")
                 process.freeze()
                 if len(self.processes) < 2:
                     self.start()
                 self._later(rng.choice([1.0, 8.0, 40.0]), process.thaw)
             elif what == "second" and len(self.processes) < 2:
-                self.struck["F95 two leaders"] += 1
+                self.strike("F95 two leaders")
                 self.start()
             elif what == "session":
                 links = [link for link in self.server.links if link.process is process and link.pid]
                 if links:
-                    self.struck["F91 a session ends"] += 1
+                    self.strike("F91 a session ends")
                     self.server.end(rng.choice(links).pid)
             elif what == "stop":
-                self.struck["stopped in good order"] += 1
+                self.strike("stopped in good order")
                 process.signals[signal.SIGTERM]() if signal.SIGTERM in process.signals else None
                 self.processes.remove(process)
                 self._later(rng.choice([0.5, 5.0]), self._ensure)
             elif what == "lease":
-                self.struck["F94 a lease lapses"] += 1
+                self.strike("F94 a lease lapses")
                 self.server.set_clock()
                 self.server.ask(
                     "UPDATE indexer.lease SET until = clock_timestamp() - interval '1 second' WHERE task = "
@@ -379,25 +384,25 @@ class World:
         chance = rng.random()
         if sql.startswith("COMMIT"):
             if chance < 0.004:
-                self.struck["F91 COMMIT lost"] += 1
+                self.strike("F91 COMMIT lost")
                 return "lost"
             if chance < 0.012:
-                self.struck["F91 COMMIT unacknowledged"] += 1
+                self.strike("F91 COMMIT unacknowledged")
                 return "unacknowledged"
             if chance < 0.016:
-                self.struck["F90 killed at COMMIT"] += 1
+                self.strike("F90 killed at COMMIT")
                 return self._dies(link, after=rng.random() < 0.5)
             if chance < 0.019:
-                self.struck["F92 serialization failure"] += 1
+                self.strike("F92 serialization failure")
                 return failure("40001", "could not serialize access")
         elif link.status == "T" and chance < 0.0008:
-            self.struck["F92 deadlock"] += 1
+            self.strike("F92 deadlock")
             return failure("40P01", "deadlock detected")
         elif link.status == "T" and chance < 0.0014:
-            self.struck["F96 disk full"] += 1
+            self.strike("F96 disk full")
             return failure("53100", "could not extend file: No space left on device")
         elif link.status == "T" and chance < 0.0022:
-            self.struck["F90 killed in a transaction"] += 1
+            self.strike("F90 killed in a transaction")
             return self._dies(link, after=rng.random() < 0.5)
         return None
 
