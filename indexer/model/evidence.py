@@ -172,6 +172,9 @@ class PartnerTransfer:
     tx_hashes: tuple[str, ...] = ()
     block_number: int | None = None
     withdrawn: bool = False
+    transfers: tuple[
+        str, ...
+    ] = ()  # on a ledger that we do not follow: what the record names there, each by its own words
     looks: tuple[Look, ...] = ()
     contract: str | None = None
 
@@ -207,10 +210,11 @@ class PartnerTransfer:
 
     @cached_property
     def held(self) -> Counter[object]:
-        """What its transactions carry for it on a chain that we follow, as far as we looked: transfers by their number."""
-        if self.chain_id is None:
-            return Counter()
+        """What its transactions carry for it: on a chain that we follow as far as we looked, transfers by their number; on another
+        ledger the transfers that it names, each of them one."""
         side = (self.chain_id, self.kind, self.wallet)
+        if self.chain_id is None:
+            return Counter((*side, named) for named in set(self.transfers))
         if self.check is Check.HOLDS:
             return Counter((*side, tx, value) for tx, value in self._values)
         return Counter((*side, tx) for tx in self.tx_hashes)  # not looked at: whoever names one of them first has it

@@ -92,6 +92,7 @@ class _Node:
     block: int | None
     success: bool | None
     time_ms: int | None
+    named: str | None  # the transfer's own id
     doubtful: bool  # whom it concerns, amount, transaction, block or success is there, and cannot be read
 
 
@@ -136,6 +137,7 @@ def _node(node: Any, drift: Drift) -> _Node:
         block=block,
         success=success,
         time_ms=instant(tx.get("date", tx.get("createdAt")), drift),
+        named=identifier(transfer.get("id")),
         doubtful=bool(vital["unreadable"]),
     )
 
@@ -210,6 +212,7 @@ def transfers_of(row: Any, wallet: str, ledger: Ledger, *, undated: bool, drift:
                 tx_hashes=_hashes(side, ledger),
                 block_number=max((node.block for node in side if node.block is not None), default=None),
                 doubtful=any(node.doubtful for node in nodes),
+                transfers=() if ledger.chain_id is not None else _named(side),
             )
         )
     told = all((node.sender is not None or node.recipient is not None) and not node.doubtful for node in moving)
@@ -262,6 +265,12 @@ def _hashes(side: Sequence[_Node], ledger: Ledger) -> tuple[str, ...]:
     if ledger.chain_id is not None:
         found = (("0x" + match[1].lower()) if (match := _HASH.fullmatch(tx)) else tx for tx in found)
     return tuple(dict.fromkeys(found))
+
+
+def _named(side: Sequence[_Node]) -> tuple[str, ...]:
+    """The transfers that an order names, by which another order may name them too: by transaction, and by their own id; where they
+    have none, by what they move."""
+    return tuple(dict.fromkeys(f"{n.tx_hash}/{n.named or n.value}" for n in side if n.tx_hash is not None))
 
 
 def questions_of(transfers: Sequence[TransferRow]) -> list[tuple[int, bytes]]:

@@ -24,7 +24,7 @@ PARTNER_LEG = """
 """
 TRANSFER = """
     t.id, t.brand, t.partner, t.kind, t.record_id, t.wallet, t.token, t.amount, t.time_ms, t.after_ms, t.undated, t.status, t.network,
-    t.chain_id, t.tx_hash, t.tx_hashes, t.block_number, t.withdrawn_at,
+    t.chain_id, t.tx_hash, t.tx_hashes, t.block_number, t.transfers, t.withdrawn_at,
     (extract(epoch FROM t.first_seen_at) * 1000)::bigint AS first_seen_ms,
     (extract(epoch FROM t.settled_at) * 1000)::bigint AS settled_ms, (extract(epoch FROM t.seen_at) * 1000)::bigint AS seen_ms
 """
@@ -75,7 +75,7 @@ async def rival_legs(conn: Connection, groups: Iterable[Group]) -> list[PartnerL
 
 async def transfers_for(conn: Connection, groups: Iterable[Group], ids: Sequence[UUID]) -> list[PartnerTransfer]:
     """The records of the groups, but for what a `ready` of others than `ids` rests on (partner_transfer_wallet_idx); and whatever
-    legs stand on that names the same transactions of a chain that we follow: there may be one transfer for several records."""
+    legs stand on that names the same transactions or transfers: there may be one movement for several records."""
     rows = await conn.fetch(
         f"""
         SELECT {TRANSFER} FROM unnest($1::text[], $2::text[], $3::text[], $4::numeric[]) AS g (brand, kind, wallet, amount)
@@ -86,19 +86,23 @@ async def transfers_for(conn: Connection, groups: Iterable[Group], ids: Sequence
         *_columns(groups),
         ids,
     )
-    if hashes := {(row["chain_id"], text) for row in rows if row["chain_id"] is not None for text in _hashes(row)}:
-        # partner_transfer_tx_idx, claim_evidence_id_key: row by row, whatever the planner expects of the overlap
-        rows += await conn.fetch(
-            f"""
-            SELECT {TRANSFER} FROM indexer.partner_transfer t
-            WHERE t.chain_id IS NOT NULL AND t.tx_hashes && $2::text[] AND t.chain_id = ANY ($1::bigint[])
-              AND t.id <> ALL ($3::uuid[]) AND t.withdrawn_at IS NULL
-              AND (SELECT c.leg FROM indexer.claim c WHERE c.evidence_id = t.id) IS NOT NULL
-            """,  # noqa: S608
-            list({chain for chain, _ in hashes}),
-            [text for _, text in hashes],
-            [row["id"] for row in rows],
-        )
+    hashes = {text for row in rows if row["chain_id"] is not None for text in _hashes(row)}
+    named = {text for row in rows for text in row["transfers"]}
+    # partner_transfer_tx_idx, partner_transfer_named_idx; claim_evidence_id_key row by row, whatever the planner expects
+    for texts, beside in (
+        (hashes, "t.chain_id IS NOT NULL AND t.tx_hashes && $1::text[]"),
+        (named, "t.transfers <> '{}'::text[] AND t.transfers && $1::text[]"),
+    ):
+        if texts:
+            rows += await conn.fetch(
+                f"""
+                SELECT {TRANSFER} FROM indexer.partner_transfer t
+                WHERE {beside} AND t.id <> ALL ($2::uuid[]) AND t.withdrawn_at IS NULL
+                  AND (SELECT c.leg FROM indexer.claim c WHERE c.evidence_id = t.id) IS NOT NULL
+                """,  # noqa: S608
+                list(texts),
+                [row["id"] for row in rows],
+            )
     return await transfers_of_rows(conn, rows)
 
 
@@ -194,6 +198,7 @@ def _transfer(row: asyncpg.Record, looks: dict[tuple[int, str], Look]) -> Partne
         tx_hashes=hashes,
         block_number=None if row["block_number"] is None else int(row["block_number"]),
         withdrawn=row["withdrawn_at"] is not None,
+        transfers=tuple(row["transfers"]),
         looks=tuple(look for look in ours if look is not None),
     )
 

@@ -50,6 +50,7 @@ class TransferRow:
     tx_hashes: tuple[str, ...]
     block_number: int | None
     doubtful: bool = False  # what it says of amount, transaction or outcome cannot be read
+    transfers: tuple[str, ...] = ()  # what it names on a ledger that we do not follow
 
     @property
     def place(self) -> tuple[object, ...]:
@@ -58,7 +59,7 @@ class TransferRow:
 
     @property
     def rest(self) -> tuple[object, ...]:
-        return (self.wallet, self.token, self.amount_text, self.network, self.chain_id, self.block_number)
+        return (self.token, self.amount_text, self.network, self.chain_id, self.block_number, self.transfers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,7 @@ async def store_records(conn: Connection, account: Account, records: Sequence[Re
         row["id"]: row
         for row in await conn.fetch(
             """
-            SELECT id, kind, record_id, wallet, token, amount_text, network, chain_id, block_number, status, tx_hashes, amount, time_ms,
+            SELECT id, kind, record_id, wallet, token, amount_text, network, chain_id, block_number, transfers, status, tx_hashes, amount, time_ms,
                    withdrawn_at IS NOT NULL AS withdrawn
             FROM indexer.partner_transfer WHERE brand = $1 AND partner = $2 AND record_id = ANY ($3::text[])
             """,  # partner_transfer_record_idx
@@ -140,10 +141,7 @@ async def store_records(conn: Connection, account: Account, records: Sequence[Re
     others = {
         row[0]
         for row in await conn.fetch(
-            """
-            SELECT id FROM indexer.partner_transfer t WHERE id = ANY ($1::uuid[]) AND brand <> $2
-              AND (withdrawn_at IS NULL OR EXISTS (SELECT FROM indexer.claim c WHERE c.evidence_id = t.id))
-            """,  # partner_transfer_pk, claim_evidence_id_key
+            f"SELECT id FROM indexer.partner_transfer t WHERE id = ANY ($1::uuid[]) AND brand <> $2 AND NOT ({_FREE})",  # noqa: S608
             [transfer.id for record in records for transfer in record.transfers],
             account.brand,
         )
@@ -185,6 +183,7 @@ async def store_records(conn: Connection, account: Account, records: Sequence[Re
                 transfer.status in SETTLED,
                 stands,
                 None if transfer.undated else record.after_ms,
+                list(transfer.transfers),
             )
         )
     await conn.executemany(_UPSERT, rows)
@@ -218,7 +217,7 @@ def _place(row: asyncpg.Record) -> tuple[object, ...]:
 
 def _rest(row: asyncpg.Record) -> tuple[object, ...]:
     height = None if row["block_number"] is None else int(row["block_number"])
-    return (row["wallet"], row["token"], row["amount_text"], row["network"], row["chain_id"], height)
+    return (row["token"], row["amount_text"], row["network"], row["chain_id"], height, tuple(row["transfers"]))
 
 
 async def _store_versions(conn: Connection, account: Account, records: Sequence[RecordRow], stored: Stored) -> None:
@@ -247,21 +246,30 @@ async def _store_versions(conn: Connection, account: Account, records: Sequence[
             stored.changed += 1
 
 
+# Evidence of another brand that may become one's own: gone there, or nobody's account any more, and nothing stands on it
+# (partner_account_pk, claim_evidence_id_key).
+_FREE = """
+    (t.withdrawn_at IS NOT NULL OR NOT EXISTS (SELECT FROM indexer.partner_account a
+        WHERE a.brand = t.brand AND a.partner = t.partner AND a.active))
+    AND NOT EXISTS (SELECT FROM indexer.claim c WHERE c.evidence_id = t.id)
+"""
+
 # A time that the record did not have before is taken over, and ends `undated`; one that was known is not forgotten. What another
 # brand's account has shown is that brand's, until it is gone there.
-_UPSERT = """
+_UPSERT = f"""
 INSERT INTO indexer.partner_transfer AS t (id, brand, partner, kind, record_id, wallet, token, amount, amount_text, time_ms, after_ms,
-    undated, status, network, chain_id, tx_hash, tx_hashes, block_number, settled_at)
+    undated, status, network, chain_id, tx_hash, tx_hashes, block_number, settled_at, transfers)
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, coalesce($10::bigint, $20::bigint), CASE WHEN $10::bigint IS NULL THEN $20::bigint END,
-    $11, $12, $13, $14, $15, $16, $17, CASE WHEN $18 THEN clock_timestamp() END)
+    $11, $12, $13, $14, $15, $16, $17, CASE WHEN $18 THEN clock_timestamp() END, $21)
 ON CONFLICT (id) DO UPDATE SET brand = excluded.brand, token = excluded.token, amount = excluded.amount,
     amount_text = excluded.amount_text, time_ms = coalesce($10::bigint, t.time_ms),
     after_ms = CASE WHEN $10::bigint IS NULL THEN t.after_ms END, undated = t.undated AND $10::bigint IS NULL, status = excluded.status, network = excluded.network,
     chain_id = excluded.chain_id, tx_hash = excluded.tx_hash, tx_hashes = excluded.tx_hashes, block_number = excluded.block_number,
+    transfers = excluded.transfers,
     seen_at = clock_timestamp(), settled_at = CASE WHEN $19 THEN t.settled_at ELSE excluded.settled_at END, withdrawn_at = NULL,
     unmatched_look_at = CASE WHEN $19 THEN t.unmatched_look_at ELSE clock_timestamp() END
-WHERE t.brand = excluded.brand OR (t.withdrawn_at IS NOT NULL AND NOT EXISTS (SELECT FROM indexer.claim c WHERE c.evidence_id = t.id))
-"""
+WHERE t.brand = excluded.brand OR ({_FREE})
+"""  # noqa: S608
 
 
 async def touch_partner_legs(conn: Connection, brand: str, touched: Iterable[tuple[str, str]]) -> None:

@@ -435,6 +435,8 @@ partner_transfer = Table(
         "tx_hashes", ARRAY(Text), nullable=False, server_default=text("'{}'::text[]")
     ),  # all, where there are several
     Column("block_number", Uint256),  # the partner's word
+    # where chain_id is null: the transfers that it names there; what another record names too is one movement
+    Column("transfers", ARRAY(Text), nullable=False, server_default=text("'{}'::text[]")),
     Column("first_seen_at", Time, nullable=False, server_default=NOW),
     Column("settled_at", Time),  # since when it is included or succeeded without a change of status, hash or amount
     Column(
@@ -451,6 +453,13 @@ partner_transfer = Table(
     # a look-up's answer
     Index(
         "partner_transfer_tx_idx", "tx_hashes", postgresql_using="gin", postgresql_where=text("chain_id IS NOT NULL")
+    ),
+    # other records that name the same transfer
+    Index(
+        "partner_transfer_named_idx",
+        "transfers",
+        postgresql_using="gin",
+        postgresql_where=text("transfers <> '{}'::text[]"),
     ),
     Index(
         "partner_transfer_unmatched_idx", "unmatched_look_at", postgresql_where=text("unmatched_look_at IS NOT NULL")

@@ -534,6 +534,7 @@ def create_tables() -> None:
     sa.Column('tx_hash', sa.Text(), nullable=True),
     sa.Column('tx_hashes', postgresql.ARRAY(sa.Text()), server_default=sa.text("'{}'::text[]"), nullable=False),
     sa.Column('block_number', sa.Numeric(precision=78, scale=0), nullable=True),
+    sa.Column('transfers', postgresql.ARRAY(sa.Text()), server_default=sa.text("'{}'::text[]"), nullable=False),
     sa.Column('first_seen_at', postgresql.TIMESTAMP(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
     sa.Column('settled_at', postgresql.TIMESTAMP(timezone=True), nullable=True),
     sa.Column('seen_at', postgresql.TIMESTAMP(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
@@ -544,6 +545,7 @@ def create_tables() -> None:
     sa.PrimaryKeyConstraint('id', name=op.f('partner_transfer_pk')),
     schema='indexer'
     )
+    op.create_index('partner_transfer_named_idx', 'partner_transfer', ['transfers'], unique=False, schema='indexer', postgresql_using='gin', postgresql_where=sa.text("transfers <> '{}'::text[]"))
     op.create_index('partner_transfer_page_idx', 'partner_transfer', ['brand', 'first_seen_at', 'id'], unique=False, schema='indexer')
     op.create_index('partner_transfer_record_idx', 'partner_transfer', ['brand', 'partner', 'record_id'], unique=False, schema='indexer')
     op.create_index('partner_transfer_tx_idx', 'partner_transfer', ['tx_hashes'], unique=False, schema='indexer', postgresql_using='gin', postgresql_where=sa.text('chain_id IS NOT NULL'))

@@ -237,6 +237,13 @@ async def test_what_two_brands_can_read_is_evidence_for_one(database: Database) 
         (after,) = await desk.transfers()
         assert (after["brand"], after["id"], after["withdrawn_at"]) == ("rose", before["id"], None)
         assert after["record_id"] == made.id
+        assert after["transfers"] == [f"{after['tx_hash']}/{after['tx_hash']}:0"]
+
+        # nor is it kept for an account that nobody has any more
+        await database.pool.execute("UPDATE indexer.partner_account SET active = brand <> 'rose'")
+        desk.desk.account = Account(BRAND, "keyban")
+        await desk.keyban().look(wallet)
+        assert [t["brand"] for t in await desk.transfers()] == [BRAND]
 
 
 @pytest.mark.parametrize(

@@ -473,6 +473,25 @@ async def test_orders_that_name_one_transfer_are_one_movement_also_once_it_is_pr
         assert [await world.state(each) for each in (first, second, sum_of_all)] == ["ready", "ready", "pending"]
 
 
+async def test_orders_that_name_one_transfer_on_stellar_are_one_movement_too(owner_dsn: str) -> None:
+    async with world_at(owner_dsn, rules(Policy(Level.INCLUDED))) as world:
+        first = await world.register(mint())
+        await world.record("o1")
+        await world.conn.execute("UPDATE indexer.partner_transfer SET transfers = '{tx/1}'")
+        assert "operation.ready" in await world.settle()
+        second, other = await world.register(mint()), await world.register(mint(amount="300"))
+        await world.record("o2")
+        await world.record("o3", amount=300)
+        await world.conn.execute("UPDATE indexer.partner_transfer SET transfers = '{tx/1}'")
+        await world.conn.execute("DELETE FROM indexer.touched_operation WHERE operation_id = $1", first)
+        await world.settle()
+        assert [await world.state(each) for each in (first, second, other)] == ["ready", "pending", "pending"]
+        await world.conn.execute("UPDATE indexer.partner_transfer SET transfers = ARRAY['tx/' || record_id]")
+        await world.touch_all()
+        await world.settle()
+        assert [await world.state(each) for each in (first, second, other)] == ["ready"] * 3
+
+
 # --------------------------------------------------------------------------- several legs, hints, failure
 
 

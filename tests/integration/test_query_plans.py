@@ -323,9 +323,9 @@ async def test_partner_legs_and_their_records(watched: Watched, conn: asyncpg.Co
     await conn.execute(
         """
         INSERT INTO indexer.partner_transfer (id, brand, partner, kind, record_id, wallet, amount, time_ms, status, network, tx_hashes,
-            chain_id, tx_hash, first_seen_at, settled_at)
+            chain_id, transfers, tx_hash, first_seen_at, settled_at)
         SELECT gen_random_uuid(), $1, 'keyban', 'keyban.mint', 'o' || n, 'w' || n % 5000, 100 + n % 3, n * 1000, 'succeeded', 'BaseSepolia',
-            ARRAY['0x' || encode(sha256(n::text::bytea), 'hex')], $2, '0x' || encode(sha256(n::text::bytea), 'hex'),
+            ARRAY['0x' || encode(sha256(n::text::bytea), 'hex')], $2, ARRAY['t/' || n], '0x' || encode(sha256(n::text::bytea), 'hex'),
             to_timestamp(n), to_timestamp(n) FROM generate_series(1, 40000) AS n
         """,
         BRAND,

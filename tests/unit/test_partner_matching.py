@@ -320,6 +320,21 @@ def test_two_orders_that_name_one_transfer_settle_one_leg() -> None:
     assert len(match_partners(legs, records, final, rules=RULES).claims) == 1
 
 
+def test_on_a_ledger_that_nobody_follows_orders_share_the_transfer_that_they_name() -> None:
+    legs = [a_leg(0), a_leg(1), a_leg(2, amount=250)]
+    once = [a_record("a", transfers=("t/1",)), a_record("b", 100, transfers=("t/1",))]
+    both = [*once, a_record("c", amount=250, transfers=("t/1", "t/2"))]
+    for records in (once, both, both[::-1]):
+        claims = match_partners(legs, records, rules=RULES).claims
+        assert [claims[leg.key].ambiguous for leg in legs if leg.key in claims] == [True]
+    apart = [a_record("a", transfers=("t/1",)), a_record("b", 100, transfers=("t/2",)), a_record("c", 200)]
+    assert len(match_partners(legs[:2], apart, rules=RULES).claims) == 2
+    # a person's word moves nothing twice
+    final = [replace(claim, final=True) for claim in match_partners(legs[:1], once, rules=RULES).claims.values()]
+    word = [Decision(legs[1].operation_id, once[1].id, 0, True)]
+    assert len(match_partners(legs, once, final, word, RULES).claims) == 1
+
+
 def test_equal_mints_are_paired_by_time_and_marked_ambiguous() -> None:
     legs, records = [a_leg(0, at=2_000), a_leg(1, at=1_000)], [a_record("late", 3_000), a_record("early", 1_500)]
     matching = match_partners(legs, records, rules=RULES)

@@ -130,6 +130,13 @@ def test_amounts_are_scaled_exactly_or_not_known() -> None:
     assert read(order(moved("-5")))[0].amount is None and read(order(moved("NaN")))[0].amount is None
 
 
+def test_an_order_names_its_transfers_by_transaction_and_their_own_id() -> None:
+    assert read(order(moved(id="a"), moved("30", id="b")))[0].transfers == (f"{TX}/a", f"{TX}/b")
+    assert read(order(moved(), moved("30")))[0].transfers == (f"{TX}/120", f"{TX}/30")
+    assert read(order(moved(transaction=None)))[0].transfers == ()
+    assert read(order(moved(id="a")), Ledger("bloom", "BaseMainnet", chain_id=8453))[0].transfers == ()
+
+
 def test_time_is_the_record_s_own_or_none() -> None:
     bare = order(moved(transaction={"id": TX, "blockNumber": 1}))
     assert read(bare, undated=True)[0].undated and read(bare)[0].time_ms is None
