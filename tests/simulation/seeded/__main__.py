@@ -28,7 +28,7 @@ from tests.simulation.seeded import run  # isort: skip  - replaces the clocks be
 
 from tests.simulation.seeded import mutants
 from tests.simulation.seeded.postgres import SimulatedPostgres
-from tests.simulation.seeded.world import Verdict
+from tests.simulation.seeded.world import Verdict, World
 
 
 def _parse() -> argparse.Namespace:
@@ -40,6 +40,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--verbose", action="store_true", help="the daemons' own log too")
     parser.add_argument("--trace", action="store_true", help="every step of the trace")
     parser.add_argument("--timeout", type=float, default=120.0, help="real seconds after which a seed has failed")
+    parser.add_argument(
+        "--chaos", type=float, default=1.0, help="so many times more often statements and processes die"
+    )
     parser.add_argument("--mutant", default="", help="play with this bug planted")
     parser.add_argument("--mutants", nargs="*", help="plant each (or those named) in turn: some seed must fail")
     parser.add_argument("--tries", type=int, default=12, help="seeds per mutant, after those known to catch it")
@@ -55,6 +58,7 @@ def _child(seed: int, owner: str, daemon: str, options: argparse.Namespace, pipe
     try:
         if options.mutant:
             mutants.plant(options.mutant)
+        World.chaos = options.chaos
         if options.profile:
             import cProfile
             import pstats
@@ -118,7 +122,7 @@ async def _mutants(options: argparse.Namespace) -> int:
         while waiting:
             name = waiting.pop()
             mutant = next(each for each in mutants.MUTANTS if each.name == name)
-            asked = argparse.Namespace(**{**vars(options), "mutant": name})
+            asked = argparse.Namespace(**{**vars(options), "mutant": name, "chaos": mutant.chaos})
             for seed in [*mutant.seeds, *range(options.first, options.first + options.tries)]:
                 verdict = await play(seed, asked)
                 if verdict.wrong:

@@ -270,6 +270,7 @@ OF_PROCESSES = (
     "F92 serialization failure",
     "F92 deadlock",
     "F94 frozen",
+    "F94 frozen in a transaction",
     "F94 a lease lapses",
     "F95 two leaders",
     "F96 disk full",

@@ -20,10 +20,19 @@ class Mutant:
     where: str  # module:function, module:Class.method, or module:CONSTANT
     changes: tuple[tuple[str, str], ...]  # what stands there, once, and what stands there instead
     seeds: tuple[int, ...] = ()
+    also: tuple[tuple[str, str, str], ...] = ()  # other places: (where, what, instead)
+    chaos: float = 1.0  # how many times more often than else statements are lost and processes killed
 
 
-def _m(name: str, where: str, *changes: tuple[str, str], seeds: tuple[int, ...] = ()) -> Mutant:
-    return Mutant(name, where, changes, seeds)
+def _m(
+    name: str,
+    where: str,
+    *changes: tuple[str, str],
+    seeds: tuple[int, ...] = (),
+    also: tuple[tuple[str, str, str], ...] = (),
+    chaos: float = 1.0,
+) -> Mutant:
+    return Mutant(name, where, changes, seeds, also, chaos)
 
 
 _BRANCH = "chain_id = $1 AND block_number > $2 AND canonical RETURNING block_number\n        ), t AS"
@@ -32,21 +41,21 @@ MUTANTS: tuple[Mutant, ...] = (
     _m("cursor_apart_from_facts", "indexer.store.facts:commit_step", (
         "    numbers = await store_events(",
         "    await conn.execute('UPDATE indexer.chain SET head_number = $2, head_hash = $3, head_time_ms = $4 WHERE chain_id = $1', chain_id, head.number, head.hash, head.time_ms)\n"
+        "    await coverage.cover(conn, chain_id, [Covered(HEAD_LANE, a, b, verdict) for verdict, a, b in covered])\n"
         "    await chains.store_headers(conn, chain_id, headers)\n"
         "    await conn.execute('COMMIT')\n    await conn.execute('BEGIN')\n"
         "    numbers = await store_events(",
-    )),
-    _m("coverage_apart_from_facts", "indexer.store.facts:commit_range", (
-        "    gone = await",
-        "    await coverage.cover(conn, chain_id, covered)\n    await conn.execute('COMMIT')\n    await conn.execute('BEGIN')\n    gone = await",
-    )),
+    ), chaos=6),
     _m("lost_commit_believed", "indexer.store.leases:Lease._fenced", (
         'raise self.lose(f"its session ended ({type(error).__name__})") from error', "return",
-    )),
+    ), chaos=6),
     _m("epoch_forgotten", "indexer.store.leases:_FENCE", (
         "SELECT 1 FROM indexer.lease WHERE task = $1 AND epoch = $2 AND holder = $3 FOR SHARE",
         "SELECT 1 WHERE $1::text IS NOT NULL AND $2::bigint IS NOT NULL AND $3::uuid IS NOT NULL",
-    )),
+    ), also=(
+        ("indexer.store.leases:_END_SESSIONS", "a.pid = s.pid AND", "a.pid = s.pid AND false AND"),
+        ("indexer.store.leases:Leases.acquire", "int(self.ttl * 400)", "int(self.ttl * 40000)"),
+    ), chaos=8),
     _m("receipts_unproven", "indexer.chain.steps:Gatherer._ask", (
         "return None if receipts is None else logs_of_receipts(header, receipts, count=self._count)",
         "return [log for receipt in receipts or () for log in receipt.logs or ()]",
@@ -96,7 +105,13 @@ MUTANTS: tuple[Mutant, ...] = (
 def plant(name: str) -> None:
     """Puts one mutant into this process. Raises AssertionError where its fragment is not there any more."""
     mutant = next(each for each in MUTANTS if each.name == name)
-    module_name, _, path = mutant.where.partition(":")
+    _rewrite(mutant.where, mutant.changes)
+    for where, old, new in mutant.also:
+        _rewrite(where, ((old, new),))
+
+
+def _rewrite(where: str, changes: tuple[tuple[str, str], ...]) -> None:
+    module_name, _, path = where.partition(":")
     module = importlib.import_module(module_name)
     holder: Any = module
     *outer, last = path.split(".")
@@ -104,25 +119,24 @@ def plant(name: str) -> None:
         holder = getattr(holder, part)
     found = inspect.getattr_static(holder, last)
     if isinstance(found, str):
-        setattr(holder, last, _changed(found, mutant))
+        setattr(holder, last, _changed(found, where, changes))
         return
     while isinstance(found, property | classmethod | staticmethod):
         found = found.fget if isinstance(found, property) else found.__func__
     inner = inspect.unwrap(found)
-    source = textwrap.dedent(inspect.getsource(inner))
-    lines = source.splitlines(keepends=True)
+    lines = textwrap.dedent(inspect.getsource(inner)).splitlines(keepends=True)
     while lines[0].startswith("@"):  # a decorator is applied already
         lines.pop(0)
     names = dict(vars(module))
-    code = compile(_changed("".join(lines), mutant), f"<mutant {name}>", "exec", future.annotations.compiler_flag)
+    code = compile(_changed("".join(lines), where, changes), "<mutant>", "exec", future.annotations.compiler_flag)
     exec(code, names)
     fresh = names[last]
-    assert fresh.__code__.co_freevars == inner.__code__.co_freevars, f"{mutant.where} is a closure"
+    assert fresh.__code__.co_freevars == inner.__code__.co_freevars, f"{where} is a closure"
     inner.__code__ = fresh.__code__  # whoever imported it has it too
 
 
-def _changed(text: str, mutant: Mutant) -> str:
-    for old, new in mutant.changes:
-        assert text.count(old) == 1, f"mutant {mutant.name}: {mutant.where} holds {text.count(old)} times {old!r}"
+def _changed(text: str, where: str, changes: tuple[tuple[str, str], ...]) -> str:
+    for old, new in changes:
+        assert text.count(old) == 1, f"{where} holds {text.count(old)} times {old!r}"
         text = text.replace(old, new)
     return text

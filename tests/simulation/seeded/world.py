@@ -66,6 +66,8 @@ class Verdict:
 
 
 class World:
+    chaos = 1.0  # how many times more often than else statements are lost, refused and died over
+
     def __init__(self, loop: VirtualLoop, seed: int, url: str) -> None:
         self.loop, self.seed, self.url = loop, seed, url
         self.rng = random.Random(f"world {seed}")
@@ -340,10 +342,7 @@ class World:
                 self._later(rng.choice([0.1, 3.0, 20.0]), self._ensure)
             elif what == "freeze":
                 self.strike("F94 frozen")
-                process.freeze()
-                if len(self.processes) < 2:
-                    self.start()
-                self._later(rng.choice([1.0, 8.0, 40.0]), process.thaw)
+                self._freezes(process)
             elif what == "second" and len(self.processes) < 2:
                 self.strike("F95 two leaders")
                 self.start()
@@ -381,7 +380,7 @@ class World:
         if self.calm:
             return None
         rng = self.server.rng
-        chance = rng.random()
+        chance = rng.random() / self.chaos
         if sql.startswith("COMMIT"):
             if chance < 0.004:
                 self.strike("F91 COMMIT lost")
@@ -404,7 +403,18 @@ class World:
         elif link.status == "T" and chance < 0.0022:
             self.strike("F90 killed in a transaction")
             return self._dies(link, after=rng.random() < 0.5)
+        elif link.status == "T" and chance < 0.003:
+            self.strike("F94 frozen in a transaction")
+            self.loop.call_soon(self._freezes, link.process)
         return None
+
+    def _freezes(self, process: Process) -> None:
+        """Stands still where it is, and another may take over."""
+        if process in self.processes and process.runs:
+            process.freeze()
+            if len(self.processes) < 2:
+                self.start()
+            self._later(self.rng.choice([1.0, 8.0, 40.0]), process.thaw)
 
     def _dies(self, link: Link, *, after: bool) -> str:
         process = link.process
