@@ -32,7 +32,7 @@ from indexer.settlement.rules import rules_of
 from indexer.signals import sequencer, webhooks
 from indexer.store import instance, schema
 from indexer.store.brands import ConfiguredBrand, IssuerMoved, sync_brands
-from indexer.store.chains import sync_chains, sync_emitters
+from indexer.store.chains import set_demands, sync_chains, sync_emitters
 from indexer.store.database import DISCONNECTED, Database
 from indexer.store.embedded import EmbeddedPostgres
 from indexer.store.leases import Lease, Leases
@@ -117,6 +117,7 @@ async def apply_configuration(database: Database, config: Config) -> None:
         await sync_accounts(conn, [account for account, _, _ in accounts_of(config)])
         await sync_chains(conn, [(chain.chain_id, chain.name) for chain in config.chains])
         for chain in config.chains:
+            await set_demands(conn, chain.chain_id, chain.quorum, chain.proof)
             await sync_emitters(conn, chain.chain_id, configured_emitters(chain))
 
 
@@ -246,6 +247,7 @@ class _Works:
                 bodies: dict[str, Body] = {
                     f"follow:{chain.chain_id}": runtime.follow,
                     f"history:{chain.chain_id}": runtime.fill_history,
+                    f"verify:{chain.chain_id}": runtime.attest,
                 }
                 if looked_up:
                     bodies[f"lookups:{chain.chain_id}"] = runtime.answer_lookups

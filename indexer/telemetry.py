@@ -114,6 +114,12 @@ class Metrics:
         self.rpc_errors = self._counter("rpc_errors", "JSON-RPC failures, by class", ("endpoint", "error"))
         self.rpc_lies = self._counter("rpc_lies", "Answers proven wrong", ("endpoint", "check"))
         self.rpc_seconds = self._histogram("rpc_seconds", "Time of an HTTP exchange", ("endpoint",), _REQUEST)
+        self.proofs = self._counter(
+            "block_proofs", "Blocks with claimed events whose receipts were proven, or not", ("chain", "outcome")
+        )
+        self.unattested = self._gauge(
+            "unattested_blocks", "Claimed blocks that wait for witnesses or proof", ("chain",)
+        )
         self.failovers = self._counter("failovers", "Times that an endpoint took over", ("chain", "endpoint"))
         self.quarantined_endpoints = self._gauge("endpoint_quarantined", "1 while not trusted", ("endpoint", "reason"))
         self.checks = self._counter("checks", "Checks of answers: pass, skip, fail", ("check", "outcome", "endpoint"))
@@ -212,7 +218,7 @@ class Metrics:
         """Drops what describes the whole database: only the holder of the lease reports it."""
         ages = (self.oldest_open, self.oldest_unsent, self.oldest_held)
         counts = (self.operations, self.unmatched, self.exposures, self.dead_letters, self.webhooks_stopped)
-        for gauge in (*ages, *counts, self.covered_blocks):
+        for gauge in (*ages, *counts, self.covered_blocks, self.unattested):
             gauge.clear()
         self._since = {key: since for key, since in self._since.items() if key[0] not in ages}
         self.touched.set(0)

@@ -149,7 +149,7 @@ class Leg(Struct, frozen=True, rename="camel", kw_only=True):
 
 Confidence = Literal["included", "safe", "finalized"]
 Basis = Literal["nonce", "operation_hash", "wallet_amount", "decision"]
-Proof = Literal["chain", "partner"]
+Proof = Literal["receipts_root", "cannot_verify", "none", "chain", "partner"]
 Provider = Literal["keyban", "qiibee", "loyfin"]
 
 
@@ -177,18 +177,26 @@ class _Source(Struct, frozen=True, rename="camel", kw_only=True):
 
 
 class Evidence(_Source, frozen=True, rename="camel", kw_only=True):
-    """What settles a leg: `basis` says why they belong together, `confidence` how final it is, and `proof`, of a partner's
-    record, whether our own look at its `chain` says so or the word of the `partner`."""
+    """What settles a leg: `basis` says why they belong together, `confidence` how final it is, `witnesses` how many endpoints
+    were seen to hold its block, and `proof` whether its receipts make the header's root; of a partner's record, whether our own
+    look at its `chain` says so or the word of the `partner`."""
 
     leg: int
     basis: Basis
     ambiguous: bool
     confidence: (
-        Annotated[Confidence, Meta(description="null while a partner's transfer is not found on its chain")] | None
+        Annotated[
+            Confidence,
+            Meta(
+                description="null while a partner's transfer is not found on its chain, or too few endpoints hold its block"
+            ),
+        ]
+        | None
     )
     explorer_url: str | UnsetType | None = UNSET
     witnesses: int | UnsetType = UNSET
     proof: Proof | UnsetType = UNSET
+    proof_reason: Annotated[str, Meta(description="why the block is not proven, or not yet")] | UnsetType = UNSET
     tx_hashes: list[str] | UnsetType = UNSET
 
 
@@ -215,6 +223,7 @@ class _Any(_Source, frozen=True, rename="camel", kw_only=True):
     explorer_url: str | UnsetType | None = UNSET
     witnesses: int | UnsetType = UNSET
     proof: Proof | UnsetType = UNSET
+    proof_reason: Annotated[str, Meta(description="why the block is not proven, or not yet")] | UnsetType = UNSET
     tx_hashes: list[str] | UnsetType = UNSET
 
 

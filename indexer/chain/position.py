@@ -128,7 +128,7 @@ class Position:
         await source.pool.limits.load(lease.connection)
         async with lease.transaction() as conn:
             await chains.ensure_chain(conn, chain.chain_id, chain.name, genesis, schedule)
-            await chains.set_quorum(conn, chain.chain_id, source.pool.quorum)
+            await chains.set_demands(conn, chain.chain_id, source.pool.quorum, chain.proof)
             await chains.sync_emitters(conn, chain.chain_id, configured_emitters(chain))
         position = cls(chain, source, lease, wakeups, Gatherer(source, decoder, schedule), metrics)
         source.pool.ours = position.remembered
@@ -239,6 +239,8 @@ class Position:
                 mode=mode,
                 orphan_above=self._orphan_above,
                 agreed=self._source.pool.quorum == 1 or bool(self._agreed),
+                proofs=step.proofs,
+                read_from=step.read_from,
             )
         self._wakeups.poke(*(("facts", "heads") if done.events or done.orphaned_events else ("heads",)))
         if self._orphan_above is not None and self._metrics is not None:

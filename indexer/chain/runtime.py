@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Protocol
 from uuid import UUID
 
+from indexer.chain.attesting import attest
 from indexer.chain.backfill import carry_out, fill_history
 from indexer.chain.decode import Decoder
 from indexer.chain.follower import follow
@@ -105,6 +106,11 @@ class ChainRuntime:
         """What was asked for in table `reread`, until this request is over. Raises WrongChain, LeaseLost."""
         source = self._pool.source("history")
         await carry_out(Task(self._chain, source, lease, self._wakeups, self._decoder, self._metrics), request)
+
+    async def attest(self, lease: Lease) -> None:
+        """Who holds the blocks of claimed events, and what their receipts prove."""
+        source = self._pool.source("head")
+        await attest(Task(self._chain, source, lease, self._wakeups, self._decoder, self._metrics))
 
     async def answer_lookups(self, lease: Lease) -> None:
         await answer_lookups(

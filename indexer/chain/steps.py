@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from indexer.chain.decode import Decoded, Decoder, Speakers
-from indexer.chain.integrity import Lie, Outcome, logs_of_receipts
+from indexer.chain.integrity import Lie, Outcome, proven_logs
 from indexer.chain.linkage import Unsettled
 from indexer.chain.logs import checked, headers_of, timed
 from indexer.chain.pool import Source
@@ -35,6 +35,10 @@ class Step:
     rows: Decoded
     covered: list[tuple[Verdict, int, int]]
     filter: frozenset[bytes]
+    proofs: dict[int, tuple[str, str | None]] = field(
+        default_factory=dict
+    )  # of blocks read by receipts: what those prove
+    read_from: tuple[str, ...] = ()  # who showed these blocks at their heights: the socket's are nobody's here
 
     @property
     def head(self) -> Header:
@@ -72,6 +76,7 @@ class Gatherer:
         self._decoder, self._count = decoder, source.count
         self.speakers = Speakers(0, ())
         self.filter: frozenset[bytes] = frozenset()
+        self._proofs: dict[int, tuple[str, str | None]] = {}  # of the step at hand
 
     @property
     def rpc(self) -> Rpc:
@@ -83,6 +88,7 @@ class Gatherer:
         """Linked headers, each passed through the gate; blocks that it admits are read whole, by hash."""
         wanted = self.filter
         logs: dict[int, list[Log]] = {}
+        self._proofs = {}
         while True:
             gate = Gate(self.speakers.speaks_for, wanted.difference(self.speakers.speaks_for), self._decoder.topics)
             admitted = [header for header in headers if header.number not in logs and gate.admits(header)]
@@ -113,6 +119,7 @@ class Gatherer:
             rows,
             _merged((("gate" if h.number not in logs else verdict), h.number) for h in headers),
             wanted,
+            self._proofs,
         )
 
     async def _read(self, header: Header, wanted: frozenset[bytes]) -> list[Log]:
@@ -136,7 +143,11 @@ class Gatherer:
     async def _ask(self, header: Header, wanted: frozenset[bytes]) -> list[RawLog] | None:
         with suppress(MethodMissing):
             receipts = await self.source.receipts(header.hash)
-            return None if receipts is None else logs_of_receipts(header, receipts, count=self._count)
+            if receipts is None:
+                return None
+            found, reason = proven_logs(header, receipts, count=self._count)
+            self._proofs[header.number] = ("cannot_verify", reason) if reason else ("receipts_root", None)
+            return found
         try:
             raws = await self.rpc.logs_of(header.hash, sorted(wanted))
         except UnknownBlock:
@@ -171,7 +182,8 @@ class Gatherer:
             more = await self.rpc.logs_adaptive(sorted(new), first, end.number)
             logs = [*logs, *await self._bind(cursor, end, more, frozenset(new), headers)]
         ordered = [headers[number] for number in sorted(headers)]
-        return Step(ordered, rows, [("unverified", cursor.number + 1, end.number)], wanted)
+        covered: list[tuple[Verdict, int, int]] = [("unverified", cursor.number + 1, end.number)]
+        return Step(ordered, rows, covered, wanted, read_from=(self.rpc.name,))
 
     async def _bind(
         self,

@@ -181,10 +181,17 @@ class Chain(Section):
     follow: Literal["auto", "every-header"] = Field(
         default="auto", description="every-header: ask for each header when there is no socket."
     )
+    proof: Literal["required", "where_possible", "off"] = Field(
+        default="required",
+        description="Before evidence counts above included, its block's receipts are proven. where_possible: what cannot be "
+        "proven at all counts all the same, and says so; off: nothing is proven.",
+    )
     explorer: HttpUrl | None = Field(
         default=None, description="Base URL of a block explorer, for explorerUrl in signals (https://basescan.org)."
     )
-    verify_calls_per_second: Rate = Field(default=2.0, description="Budget of the second look and of repairs.")
+    verify_calls_per_second: Rate = Field(
+        default=5.0, description="Budget of witnesses and proofs, and of the second look and repairs."
+    )
     poll_seconds: Seconds = Field(default=1.0, description="Pause between batches while polling.")
     tags_seconds: Seconds = Field(default=5.0, description="Pause between looks at safe and finalized.")
     silent_seconds: Seconds = Field(

@@ -39,6 +39,7 @@ class Heads:
     live: bool = True  # a follower has linked a new head not long ago: what is stored has not been undone unseen
     agreed: bool = True  # as many endpoints as are needed were seen to hold what we hold
     quorum: int = 1  # endpoints that must hold a block before evidence in it counts
+    proof: str = "off"  # required | where_possible | off: what evidence needs besides, to count above `included`
 
     def least(self, other: Heads) -> Heads:
         """What two looks at one chain agree on: all that may be said of facts that were read between them."""
@@ -53,6 +54,7 @@ class Heads:
             self.live and other.live,
             self.agreed and other.agreed,
             max(self.quorum, other.quorum),
+            other.proof,
         )
 
 

@@ -68,16 +68,15 @@ def instant(milliseconds: int) -> str:
 
 
 def evidence_json(
-    movement: Movement, leg: int, basis: str, ambiguous: bool, level: Level, explorer: str | None = None
+    movement: Movement, leg: int, basis: str, ambiguous: bool, level: Level | None, explorer: str | None = None
 ) -> dict[str, Any]:
-    """One entry of `evidence`. With one endpoint the witness is one and the proof is agreement alone."""
+    """One entry of `evidence`. `confidence` is null while too few endpoints were seen to hold its block."""
     return {
         "leg": leg,
         "evidenceId": str(movement.id),
         "basis": basis,
         "ambiguous": ambiguous,
-        "confidence": level.word,
-        "witnesses": 1,
+        "confidence": level.word if level else None,
         "chainId": str(movement.chain_id),
         "blockNumber": str(movement.block_number),
         "blockHash": hex0x(movement.block_hash),

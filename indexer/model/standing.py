@@ -7,13 +7,14 @@ design section 5, "Confidence of partners"; a rung is None where the evidence do
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 from indexer.model.confidence import Alarm, Heads, Level, Policy, alarms_for, level_of, reached
 from indexer.model.evidence import KEYBAN, QIIBEE, Movement, PartnerTransfer, Status
 
 AnyEvidence = Movement | PartnerTransfer
+Block = tuple[int, int, bytes]  # chain, number, hash
 LOOK_AGAIN_MS = 15_000  # it has stood long enough by the clock, and nobody has read it since
 
 
@@ -26,6 +27,22 @@ class PartnerRules:
     settle_after_ms: int = 60_000  # qiibee: how long a successful transaction must stand unchanged
 
 
+@dataclass(frozen=True, slots=True)
+class Attestation:
+    """What speaks for a block: how many endpoints were seen to hold it, and what its receipts prove.
+
+    `proof`: receipts_root | cannot_verify | None (not tried, or not yet with success); `reason` why not. `asked`: somebody looks.
+    """
+
+    witnesses: int = 0
+    proof: str | None = None
+    reason: str | None = None
+    asked: bool = False
+
+
+_NOTHING = Attestation()
+
+
 @dataclass(frozen=True)
 class Standing:
     """Everything that the rungs depend on. `partners` by (brand, partner)."""
@@ -33,9 +50,56 @@ class Standing:
     heads: Mapping[int, Heads]
     partners: Mapping[tuple[str, str], PartnerRules] = field(default_factory=dict)
     now_ms: int = 0
+    attested: Mapping[Block, Attestation] = field(default_factory=dict)
+
+    # ------------------------------------------------------------------ what speaks for a block
+
+    def attestation(self, evidence: AnyEvidence) -> Attestation | None:
+        """Of the block that evidence is in; None where it is in none that we follow. Where one witness is enough, whoever the
+        block was read from is it."""
+        block = block_of(evidence)
+        if block is None:
+            return None
+        held = self.attested.get(block, _NOTHING)
+        return held if held.witnesses or self.on(block[0]).quorum > 1 else replace(held, witnesses=1)
+
+    def doubt(self, evidence: AnyEvidence, level: Level = Level.INCLUDED) -> str | None:
+        """Why evidence does not count at this rung, however deep its block is; None where nothing is missing."""
+        held = self.attestation(evidence)
+        if held is None:
+            return None
+        place = evidence.place
+        assert place is not None
+        heads = self.on(place.chain_id)
+        if held.witnesses < heads.quorum:
+            return f"{held.witnesses} of {heads.quorum} endpoints were seen to hold its block"
+        if level > Level.INCLUDED and heads.proof != "off":
+            if held.proof is None:
+                return "its block is not proven yet" + (f": {held.reason}" if held.reason else "")
+            if held.proof == "cannot_verify" and heads.proof == "required":
+                return f"its block cannot be verified: {held.reason}"
+        return None
+
+    def to_ask(self, evidence: AnyEvidence) -> Block | None:
+        """The block that somebody must look at before all is known of it."""
+        held, block = self.attestation(evidence), block_of(evidence)
+        if held is None or block is None or held.asked:
+            return None
+        heads = self.on(block[0])
+        unknown = held.witnesses < heads.quorum or (heads.proof != "off" and held.proof is None)
+        return block if unknown else None
+
+    # ------------------------------------------------------------------ rungs
 
     def level(self, evidence: AnyEvidence) -> Level | None:
-        """The rung that evidence stands on now; None while it counts for nothing."""
+        """The rung that evidence counts at now; None while it counts for nothing."""
+        level = self.depth(evidence)
+        if level is None or self.doubt(evidence) is not None:
+            return None
+        return level if self.doubt(evidence, level) is None else Level.INCLUDED
+
+    def depth(self, evidence: AnyEvidence) -> Level | None:
+        """The rung of evidence by its place alone, whoever vouches for it; None while it is nowhere."""
         if isinstance(evidence, Movement):
             return level_of(evidence, self.on(evidence.chain_id))
         if not evidence.counts:
@@ -46,10 +110,13 @@ class Standing:
         return Level.FINALIZED if self._final(evidence) else Level.INCLUDED
 
     def reached(self, policy: Policy, evidence: AnyEvidence) -> bool:
-        """Whether evidence is as final as the policy demands."""
+        """Whether evidence is as final as the policy demands, and as much speaks for it as must."""
+        return self._deep(policy, evidence) and self.doubt(evidence, policy.level) is None
+
+    def _deep(self, policy: Policy, evidence: AnyEvidence) -> bool:
         if isinstance(evidence, Movement):
             return reached(policy, evidence, self.on(evidence.chain_id))
-        level = self.level(evidence)
+        level = self.depth(evidence)
         if level is None:
             return False
         if policy.level is Level.CONFIRMED and level < Level.SAFE:
@@ -61,12 +128,13 @@ class Standing:
         return level >= policy.level
 
     def alarms(self, policy: Policy, evidence: AnyEvidence) -> list[Alarm]:
-        """When evidence that has not reached its policy should be looked at again: at the first of these."""
+        """When evidence that has not reached its policy should be looked at again: at the first of these. What waits for
+        witnesses or a proof is touched when they are there."""
         if isinstance(evidence, Movement):
-            return alarms_for(policy, evidence)
+            return [] if self._deep(policy, evidence) else alarms_for(policy, evidence)
         if evidence.chain_id is not None:
             place = evidence.place
-            if place is None:
+            if place is None or self._deep(policy, evidence):
                 return []  # our look's answer touches the operation
             number = place.block_number
             if policy.level is Level.CONFIRMED:
@@ -109,6 +177,11 @@ class Standing:
             return True
         # seen to stand, not left alone: a partner that nobody could ask in between has not confirmed anything
         return transfer.settled_ms is not None and transfer.seen_ms - transfer.settled_ms >= after_ms
+
+
+def block_of(evidence: AnyEvidence) -> Block | None:
+    place = evidence.place
+    return None if place is None else (place.chain_id, place.block_number, bytes(place.block_hash))
 
 
 def _rung(block_number: int, heads: Heads) -> Level:

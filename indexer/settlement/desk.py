@@ -40,6 +40,7 @@ class Pass:
     transitions: list[tuple[Operation, State, list[AnyEvidence]]] = field(default_factory=list)
     signals: list[Signal] = field(default_factory=list)
     repeated: list[Movement] = field(default_factory=list)
+    asked: bool = False  # blocks that somebody must vouch for
     now_ms: int = 0
 
 
@@ -108,11 +109,13 @@ class Desk:
     async def _leg_facts(self, operation: Operation, leg: AnyLeg, claim: Claim | None, alarms: list[Alarm]) -> LegFacts:
         if claim is not None:
             evidence, policy = self.known[claim.evidence_id], self._policy(leg, claim.basis)
+            self._counts(evidence)
             settled = self.standing.reached(policy, evidence) or self._stands(operation, evidence)
             if not settled:
                 alarms += self.standing.alarms(policy, evidence)
             return LegFacts(evidence=True, settled=settled, decided=claim.basis == "decision")
-        conflict = leg.key in self.matching.conflicts
+        contested = self.matching.conflicts.get(leg.key)
+        conflict = contested is not None and self._counts(contested.evidence)
         if conflict or leg.key in self.matching.held or operation.cancelled or leg.released:
             return LegFacts(conflict=conflict)
         if isinstance(leg, PartnerLeg):  # never expires: silence of a partner is age, not failure
@@ -123,10 +126,16 @@ class Desk:
         submitted = any(hint.status in ("submitted", "mined") for hint in self.teller.about(leg))
         return LegFacts(dead=await self._expired(operation, leg, alarms), submitted=submitted)
 
+    def _counts(self, evidence: AnyEvidence) -> bool:
+        """Whether enough endpoints hold the evidence's block; what is not known of it yet is asked."""
+        if (block := self.standing.to_ask(evidence)) is not None:
+            self.changes.asked.add(block)
+        return self.standing.doubt(evidence) is None
+
     def _stands(self, operation: Operation, evidence: AnyEvidence) -> bool:
         """Whether a promise that nothing has taken back rests on this very log, or on this record as it is. Rules decide when to
         promise; a stricter policy, or a head that a reorganisation further up made shorter, takes nothing back."""
-        if operation.state not in (State.READY, State.FULFILLED) or self.standing.level(evidence) is None:
+        if operation.state not in (State.READY, State.FULFILLED) or self.standing.depth(evidence) is None:
             return False
         return str(evidence.id) in (operation.detail.get("standing") or []) and where(evidence) in [
             {key: held.get(key) for key in where(evidence)} for held in operation.detail.get("blocks") or []

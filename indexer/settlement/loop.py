@@ -75,6 +75,8 @@ async def settle(
         batch = 1 if careful else BATCH
         if done.signals:
             wakeups.poke("settled")
+        if done.asked:
+            wakeups.poke("asked")
         for operation, state, evidence in done.transitions:
             observer.transition(operation, state, evidence, done.now_ms)
         for signal in done.signals:

@@ -11,15 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from indexer.model.confidence import Heads
 from indexer.model.evidence import Movement
 from indexer.model.matching import Matching, match
 from indexer.model.operation import State
 from indexer.model.partner_matching import match_partners
 from indexer.model.signal import Signal
-from indexer.model.standing import AnyEvidence
+from indexer.model.standing import AnyEvidence, Attestation, Block, block_of
 from indexer.settlement.desk import Desk, Pass
 from indexer.settlement.rules import BrandRules, standing_of, with_contracts
-from indexer.store import neighbourhood, operations, unmatched
+from indexer.store import attestations, neighbourhood, operations, unmatched
 from indexer.store.connection import Connection
 from indexer.store.neighbourhood import Neighbourhood
 from indexer.store.operations import Changes, Operation
@@ -58,15 +59,26 @@ async def reconcile(
     matching = _match(around, rules)
     done.repeated = matching.repeated
     changes = Changes()
-    desk = Desk(conn, rules, explorers, standing_of(heads, rules, done.now_ms), around, matching, changes, done)
+    standing = standing_of(heads, rules, done.now_ms, await _attested(conn, heads, around))
+    desk = Desk(conn, rules, explorers, standing, around, matching, changes, done)
     spoken_for = desk.spoken_for()
     for operation in around.operations.values():
         await desk.settle(operation)
     desk.touch_neighbours()
+    done.asked = bool(changes.asked)
     await operations.store(conn, changes)
     await unmatched.step_back(conn, desk.freed(spoken_for))
     await append(conn, done.signals)
     return done
+
+
+async def _attested(conn: Connection, heads: Mapping[int, Heads], around: Neighbourhood) -> dict[Block, Attestation]:
+    """What speaks for the blocks of all evidence at hand, where anything must."""
+    evidence: list[AnyEvidence] = [*around.movements, *around.transfers]
+    found = [block_of(piece) for piece in evidence]
+    demanding = {chain for chain, seen in heads.items() if seen.quorum > 1 or seen.proof != "off"}
+    blocks = {block for block in found if block is not None and block[0] in demanding}
+    return await attestations.load(conn, blocks) if blocks else {}
 
 
 def _match(around: Neighbourhood, rules: Mapping[str, BrandRules]) -> Matching:

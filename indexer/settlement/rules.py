@@ -12,7 +12,7 @@ from indexer.config import Brand
 from indexer.model.confidence import Heads, Level, Policy
 from indexer.model.evidence import KEYBAN, QIIBEE, PartnerTransfer
 from indexer.model.matching import WalletRules
-from indexer.model.standing import PartnerRules, Standing
+from indexer.model.standing import Attestation, Block, PartnerRules, Standing
 from indexer.model.types import hex0x
 
 
@@ -37,12 +37,17 @@ class PartnerAccount:
 NO_RULES = BrandRules()
 
 
-def standing_of(heads: Mapping[int, Heads], rules: Mapping[str, BrandRules], now_ms: int) -> Standing:
+def standing_of(
+    heads: Mapping[int, Heads],
+    rules: Mapping[str, BrandRules],
+    now_ms: int,
+    attested: Mapping[Block, Attestation] | None = None,
+) -> Standing:
     """Everything that the rungs of evidence depend on."""
     partners = {
         (brand, partner): account.rules for brand, rule in rules.items() for partner, account in rule.partners.items()
     }
-    return Standing(heads, partners, now_ms)
+    return Standing(heads, partners, now_ms, attested or {})
 
 
 def with_contracts(transfers: Iterable[PartnerTransfer], rules: Mapping[str, BrandRules]) -> list[PartnerTransfer]:

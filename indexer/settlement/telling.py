@@ -76,9 +76,16 @@ class Teller:
         place = evidence.place
         explorer = self.explorers.get(place.chain_id) if place else None
         if isinstance(evidence, Movement):
-            assert level is not None
-            return signals.evidence_json(evidence, index, claim.basis, claim.ambiguous, level, explorer)
-        return signals.partner_evidence_json(evidence, index, claim.basis, claim.ambiguous, level, explorer)
+            told = signals.evidence_json(evidence, index, claim.basis, claim.ambiguous, level, explorer)
+        else:
+            told = signals.partner_evidence_json(evidence, index, claim.basis, claim.ambiguous, level, explorer)
+        if (held := self.standing.attestation(evidence)) is not None:
+            told |= {"witnesses": held.witnesses}
+            if isinstance(evidence, Movement):
+                told |= {"proof": held.proof or "none"}
+            if held.proof != "receipts_root" and held.reason is not None:
+                told |= {"proofReason": held.reason}
+        return told
 
     def conflicts(self, operation: Operation) -> list[dict[str, Any]]:
         """What a person can decide on: evidence that differs, that is held, or that is offered for want of a time."""
@@ -165,6 +172,8 @@ class Teller:
                     demand["for"] = "confidence"
                     if isinstance(evidence, PartnerTransfer) and evidence.lacks_contract:
                         demand["reason"] = NO_CONTRACT
+                    elif (doubt := self.standing.doubt(evidence, policy.level)) is not None:
+                        demand["reason"] = doubt
                     told.append(demand)
                 continue
             undecided = (self.matching.held, self.matching.conflicts, self.matching.offers)

@@ -7,7 +7,7 @@ the facts mean is left to it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -15,7 +15,7 @@ import asyncpg
 import msgspec
 
 from indexer.model.types import Header
-from indexer.store import chains, coverage
+from indexer.store import attestations, chains, coverage
 from indexer.store.coverage import HEAD_LANE, Covered, Verdict
 from indexer.store.event_tables import EVENT_TABLES
 
@@ -119,16 +119,24 @@ async def commit_step(
     mode: Literal["socket", "polling"],
     orphan_above: int | None = None,
     agreed: bool = True,
+    proofs: Mapping[int, tuple[str, str | None]] | None = None,
+    read_from: Sequence[str] = (),
 ) -> Committed:
     """One step of the follower: un-confirm what a reorganisation undid, store the new blocks, move the cursor to `head`.
 
-    `covered` are (verdict, low, high) of the head lane. `agreed`: as many endpoints hold our chain as must. Readers see the old branch or the new one, never a hole.
+    `covered` are (verdict, low, high) of the head lane. `agreed`: as many endpoints hold our chain as must. `proofs`, by block: what its
+    receipts proved on the way, and why not; `read_from`: who showed these blocks at their heights. Readers see the old branch or the new one, never a hole.
     """
     orphaned_blocks, orphaned_events, low, high = 0, 0, None, None
     if orphan_above is not None:
         orphaned_blocks, orphaned_events, low, high = await _unconfirm(conn, chain_id, orphan_above)
         await coverage.forget_above(conn, chain_id, orphan_above)
+        await attestations.forget_above(conn, chain_id, orphan_above)
     numbers = await store_events(conn, chain_id, rows, followed=True)
+    if rows.movements:
+        none: tuple[str | None, str | None] = (None, None)
+        blocks = {(row[_BLOCK], row[_BLOCK_HASH]): (proofs or {}).get(row[_BLOCK], none) for row in rows.movements}
+        await attestations.note(conn, chain_id, blocks, read_from)
     if numbers:
         low = min(numbers if low is None else (*numbers, low))
         high = max(numbers if high is None else (*numbers, high))
@@ -175,6 +183,11 @@ async def commit_range(
     touched = [*numbers, *(number for number, _, _ in withdraw), *(touch or ())]
     await _announce(conn, chain_id, min(touched, default=None), max(touched, default=None), heads=False)
     return Committed(len(numbers), orphaned_events=gone)
+
+
+async def touch(conn: asyncpg.Connection, chain_id: int, low: int, high: int) -> None:
+    """Has the operations that these blocks bear on looked at again."""
+    await _announce(conn, chain_id, low, high, heads=False)
 
 
 async def store_events(

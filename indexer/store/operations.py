@@ -18,6 +18,8 @@ from indexer.model.confidence import Alarm, Heads
 from indexer.model.evidence import Place
 from indexer.model.matching import Claim
 from indexer.model.operation import AnyLeg, State
+from indexer.model.standing import Block
+from indexer.store import attestations
 from indexer.store.connection import Connection
 
 
@@ -73,6 +75,7 @@ class Changes:
     history: list[HistoryRow] = field(default_factory=list)
     alarms: dict[UUID, list[Alarm]] = field(default_factory=dict)
     touched: set[UUID] = field(default_factory=set)  # neighbours that must be looked at again
+    asked: set[Block] = field(default_factory=set)  # blocks that somebody must vouch for
 
 
 async def now_ms(conn: Connection) -> int:
@@ -84,7 +87,7 @@ async def heads(conn: Connection) -> dict[int, Heads]:
     rows = await conn.fetch(
         """
         SELECT c.chain_id, c.head_number, c.head_time_ms, c.safe_number, c.finalized_number, c.finalized_time_ms,
-               c.latch IS NOT NULL AS latched, indexer.is_live(c) AS live, indexer.is_agreed(c) AS agreed, c.quorum
+               c.latch IS NOT NULL AS latched, indexer.is_live(c) AS live, indexer.is_agreed(c) AS agreed, c.quorum, c.proof
         FROM indexer.chain c
         """
     )
@@ -100,6 +103,7 @@ async def heads(conn: Connection) -> dict[int, Heads]:
             row["live"],
             row["agreed"],
             row["quorum"],
+            row["proof"],
         )
         for row in rows
     }
@@ -241,6 +245,8 @@ def _where(place: Place | None) -> tuple[int | None, int | None, int | None, byt
 
 async def store(conn: Connection, changes: Changes) -> None:
     """Writes what the pass decided. Claims that go, go first, so that a neighbour can take their evidence at once."""
+    if changes.asked:
+        await attestations.ask(conn, changes.asked)
     if changes.unclaimed:
         # claim_pk; a partner's record that settles nothing any more may be unmatched now (partner_transfer_pk)
         await conn.execute(

@@ -13,7 +13,7 @@ from uuid import UUID
 import msgspec
 from prometheus_client import Gauge
 
-from indexer.store import webhooks
+from indexer.store import attestations, webhooks
 from indexer.store.connection import Connection
 from indexer.telemetry import Metrics
 
@@ -287,6 +287,10 @@ async def observe_database(conn: Connection, metrics: Metrics) -> None:
         RECENT_MOVEMENTS,
     )
     _set(metrics.unmatched, brands, {row["brand"]: row["unmatched"] for row in unmatched})
+
+    waiting = await attestations.waiting(conn)
+    for row in await conn.fetch("SELECT chain_id, name FROM indexer.chain"):
+        metrics.unattested.labels(row["name"]).set(waiting.get(row["chain_id"], 0))
 
     metrics.touched.set(
         await conn.fetchval("SELECT count(*) FROM (SELECT FROM indexer.touched_operation LIMIT $1) capped", COUNT_LIMIT)

@@ -157,6 +157,8 @@ chain = Table(
     Column(
         "quorum", Integer, nullable=False, server_default=text("1")
     ),  # endpoints that must agree before a signal leaves
+    # 'required' | 'where_possible' | 'off': what evidence needs, beside witnesses, to count above `included`
+    Column("proof", Text, nullable=False, server_default=text("'off'")),
     Column("agreed_number", BigInteger),  # the highest block of ours that so many were seen to hold …
     Column("agreed_at", Time),  # … and when: with a quorum above one, signals wait while it is old
     Column("endpoints", JSONB),  # how each endpoint stood at the last look: name, role, state, reason, head, leads
@@ -180,6 +182,22 @@ block = Table(
     PrimaryKeyConstraint("chain_id", "number", "hash"),
     Index("block_canonical_idx", "chain_id", "number", unique=True, postgresql_where=text("canonical")),
     Index("block_orphan_idx", "chain_id", "number", postgresql_where=text("NOT canonical")),
+)
+
+# What speaks for a block with claimed events: who was seen to hold it, and what its receipts prove.
+attestation = Table(
+    "attestation",
+    metadata,
+    Column("chain_id", BigInteger, nullable=False),
+    Column("number", BigInteger, nullable=False),
+    Column("hash", LargeBinary, nullable=False),
+    Column("witnesses", ARRAY(Text), nullable=False, server_default=text("'{}'::text[]")),  # endpoints, by name
+    Column("proof", Text),  # 'receipts_root' | 'cannot_verify'; null: not tried, or not yet with success
+    Column("reason", Text),  # why it cannot be verified, or could not yet
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    Column("next_at", Time),  # when to look at it; null: nobody asks, or all is known
+    PrimaryKeyConstraint("chain_id", "number", "hash"),
+    Index("attestation_due_idx", "chain_id", "next_at", postgresql_where=text("next_at IS NOT NULL")),
 )
 
 emitter = Table(

@@ -17,8 +17,8 @@ import asyncpg
 
 from indexer.store.database import DISCONNECTED, Database
 
-Topic = Literal["facts", "heads", "settled", "numbered", "registered", "rereads"]
-TOPICS: Final[tuple[Topic, ...]] = ("facts", "heads", "settled", "numbered", "registered", "rereads")
+Topic = Literal["facts", "heads", "settled", "numbered", "registered", "rereads", "asked"]
+TOPICS: Final[tuple[Topic, ...]] = ("facts", "heads", "settled", "numbered", "registered", "rereads", "asked")
 
 logger = logging.getLogger(__name__)
 

@@ -62,6 +62,19 @@ def execute_script(sql: str) -> None:
 
 
 def create_tables() -> None:
+    op.create_table('attestation',
+    sa.Column('chain_id', sa.BigInteger(), nullable=False),
+    sa.Column('number', sa.BigInteger(), nullable=False),
+    sa.Column('hash', sa.LargeBinary(), nullable=False),
+    sa.Column('witnesses', postgresql.ARRAY(sa.Text()), server_default=sa.text("'{}'::text[]"), nullable=False),
+    sa.Column('proof', sa.Text(), nullable=True),
+    sa.Column('reason', sa.Text(), nullable=True),
+    sa.Column('attempts', sa.Integer(), server_default=sa.text('0'), nullable=False),
+    sa.Column('next_at', postgresql.TIMESTAMP(timezone=True), nullable=True),
+    sa.PrimaryKeyConstraint('chain_id', 'number', 'hash', name=op.f('attestation_pk')),
+    schema='indexer'
+    )
+    op.create_index('attestation_due_idx', 'attestation', ['chain_id', 'next_at'], unique=False, schema='indexer', postgresql_where=sa.text('next_at IS NOT NULL'))
     op.create_table('block',
     sa.Column('chain_id', sa.BigInteger(), nullable=False),
     sa.Column('number', sa.BigInteger(), nullable=False),
@@ -106,6 +119,7 @@ def create_tables() -> None:
     sa.Column('linked_epoch', sa.BigInteger(), nullable=True),
     sa.Column('schedule', postgresql.JSONB(), nullable=True),
     sa.Column('quorum', sa.Integer(), server_default=sa.text('1'), nullable=False),
+    sa.Column('proof', sa.Text(), server_default=sa.text("'off'"), nullable=False),
     sa.Column('agreed_number', sa.BigInteger(), nullable=True),
     sa.Column('agreed_at', postgresql.TIMESTAMP(timezone=True), nullable=True),
     sa.Column('endpoints', postgresql.JSONB(), nullable=True),
@@ -720,6 +734,7 @@ def drop_tables() -> None:
     op.drop_table('chain', schema='indexer')
     op.drop_table('brand', schema='indexer')
     op.drop_table('block', schema='indexer')
+    op.drop_table('attestation', schema='indexer')
 
 
 def upgrade() -> None:

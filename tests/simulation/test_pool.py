@@ -76,7 +76,7 @@ def loyal(chain: FakeChain) -> FakeChain:
 
 
 @MODES
-async def later_one_of_two_is_lost_and_comes_back(database: Database, socket: bool) -> None:
+async def test_one_of_two_is_lost_and_comes_back(database: Database, socket: bool) -> None:
     """Facts go on at the other one, a `ready` waits for the second witness, and leaves when it is there."""
     async with nodes_of(loyal(FakeChain()), 2) as (first, second):
         world = world_of(database, [first, second], socket=socket)
@@ -129,7 +129,7 @@ async def test_a_minority_fork_undoes_nothing_and_is_put_aside(database: Databas
 
 
 @MODES
-async def later_two_that_disagree_stop_signals_and_undo_nothing(database: Database, socket: bool) -> None:
+async def test_two_that_disagree_stop_signals_and_undo_nothing(database: Database, socket: bool) -> None:
     """One against one: no rollback, no signal; when the first comes to the other's branch, both agree and it is followed."""
     async with nodes_of(loyal(FakeChain()), 2) as nodes:
         world = world_of(database, nodes, socket=socket)

@@ -115,6 +115,7 @@ class World:
                 "deliver": lambda lease: dispatcher.run(lease, wakeups),
                 "follow": runtime.follow,
                 "history": runtime.fill_history,
+                "verify": runtime.attest,
             }
             tasks = [asyncio.create_task(supervisor.keep(name, body), name=name) for name, body in bodies.items()]
             try:
