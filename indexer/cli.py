@@ -158,11 +158,14 @@ def resume(
         return found
 
     seen = plain(on_database(config, is_embedded, decide))
+    sides = terminal.latch_text(seen["latch"])
     told = {"chain": chain, "latch": seen["latch"], "decided": "accept-chain" if accept_chain else "keep-ours"}
     if accept_chain == keep_ours:
-        terminal.answer({**told, "decided": None}, as_json, lambda d: f"{chain}: {json.dumps(d['latch'])}")
+        terminal.answer({**told, "decided": None}, as_json, lambda _: f"finality violation on {chain}\n{sides}")
         raise Failure("say --accept-chain or --keep-ours, one of them", USAGE)
-    terminal.answer(told, as_json, lambda d: f"{chain}: {d['decided']}; its follower begins again within half a minute")
+    terminal.answer(
+        told, as_json, lambda d: f"{sides}\n{chain}: {d['decided']}; its follower begins again within half a minute"
+    )
 
 
 @app.command()

@@ -188,6 +188,27 @@ def balances_text(document: dict[str, Any]) -> Table:
     return table
 
 
+def latch_text(latch: dict[str, Any]) -> str:
+    """Both sides of a finality violation, and the endpoints that show each."""
+    lines = []
+    for words, side in (("we hold", latch["ours"]), ("the other", latch["theirs"])):
+        shown = ", ".join(side.get("endpoints") or []) or "no endpoint that was asked"
+        lines.append(f"  {words:<10}block {side['number']} {side['hash']}, shown by {shown}")
+    return "\n".join([*lines, f"  since     {latch['at']}"])
+
+
+def _witnesses(seen: dict[str, Any]) -> list[str]:
+    """Several endpoints: whether enough agree, and whoever does not."""
+    if not seen["endpoints"]:
+        return []
+    words = f"agree up to block {seen['blockNumber']}" if seen["agree"] else "DO NOT AGREE: facts go on, signals wait"
+    lines = [f"  witnesses {seen['needed']} needed; endpoints {words}"]
+    for each in seen["endpoints"]:
+        told = each["state"] + (f": {each['reason']}" if each["reason"] else "")
+        lines.append(f"    {each['name']} ({each['role']}{', leads' if each['leads'] else ''}) {told}")
+    return lines
+
+
 def status_text(seen: dict[str, Any]) -> str:
     lines = [f"schema {seen['schema']}, PostgreSQL {seen['postgresql']}, stream {seen['stream']}"]
     for chain in seen["chains"]:
@@ -198,13 +219,15 @@ def status_text(seen: dict[str, Any]) -> str:
             if head:
                 lag = "" if head["lagSeconds"] is None else f", {head['lagSeconds']:.1f} s behind"
                 lines.append(f"  {level:<10}{head['number']}{lag}")
+        lines += _witnesses(chain["witnesses"])
         history = chain["history"]
         ratio = "" if history["ratio"] is None else f" ({history['ratio']:.1%})"
         lines.append(
             f"  history   {'complete' if history['complete'] else 'incomplete'}{ratio}, {history['emitters']} emitters"
         )
         if chain["latch"] is not None and bytes(chain["latch"]) != b"null":
-            lines.append(f"  FINALITY VIOLATION: no signals for this chain. {bytes(chain['latch']).decode()}")
+            sides = latch_text(json.loads(bytes(chain["latch"])))
+            lines.append(f"  FINALITY VIOLATION: no signals for this chain.\n{sides}")
     for unsent in seen["unsent"]:
         lines.append(f"brand {unsent['brand']}: oldest unsent signal {unsent['seconds']:.0f} s old")
     for hook in seen["webhooks"]:

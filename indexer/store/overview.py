@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 import msgspec
@@ -40,6 +40,30 @@ class History(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     ratio: float | None
 
 
+class Endpoint(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
+    """How an endpoint stood when the chain's follower last looked: `live` ones have a vote."""
+
+    name: str
+    role: Literal["primary", "fallback", "archive"]
+    state: Literal["live", "behind", "apart", "failing", "quarantined", "unknown"]
+    reason: str | None
+    head: str | None
+    leads: bool  # the one that the follower asks
+
+
+class Witnesses(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
+    """Whether as many endpoints as are `needed` hold what we hold, up to which block, and how each of several stands.
+
+    Where they do not agree, facts go on and signals wait. A chain with one endpoint lists none.
+    """
+
+    needed: int
+    agree: bool
+    block_number: str | None
+    agreed_at: datetime | None
+    endpoints: list[Endpoint]
+
+
 class Chain(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     chain_id: str
     name: str
@@ -50,6 +74,7 @@ class Chain(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     finalized: Head | None
     live: bool  # False: no follower has linked a head lately, and no signal of readiness leaves for this chain
     latch: msgspec.Raw
+    witnesses: Witnesses
     history: History
 
 
@@ -146,6 +171,7 @@ async def overview(conn: Connection, brand: str | None = None) -> Overview:
         chains = await conn.fetch(
             """
             SELECT chain_id, name, active, mode, latch::text AS latch, history_complete, indexer.is_live(chain) AS live,
+                   quorum, indexer.is_agreed(chain) AS agree, agreed_number, agreed_at, endpoints,
                    head_number, head_hash, head_time_ms, head_at, safe_number, safe_hash, safe_time_ms, safe_at,
                    finalized_number, finalized_hash, finalized_time_ms, finalized_at,
                    extract(epoch FROM clock_timestamp()) * 1000 AS now_ms
@@ -186,6 +212,13 @@ def _chain(row: Any, history: Any) -> Chain:
         finalized=_head(row, "finalized"),
         live=row["live"],
         latch=msgspec.Raw((row["latch"] or "null").encode()),
+        witnesses=Witnesses(
+            needed=row["quorum"],
+            agree=row["agree"],
+            block_number=None if row["agreed_number"] is None else str(row["agreed_number"]),
+            agreed_at=row["agreed_at"],
+            endpoints=[Endpoint(**each) for each in row["endpoints"] or []],
+        ),
         history=History(
             complete=row["history_complete"],
             emitters=history["emitters"] if history is not None else 0,
