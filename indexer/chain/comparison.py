@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from indexer.chain import witnesses
 from indexer.chain.decode import Decoded, Speakers, Token
 from indexer.chain.integrity import bloom_admits, logs_of_receipts
 from indexer.chain.linkage import Unsettled
@@ -18,7 +19,7 @@ from indexer.chain.logs import checked, timed
 from indexer.chain.reading import Ranges, Task
 from indexer.chain.rpc_errors import MethodMissing, UnknownBlock
 from indexer.chain.wire import RawLog
-from indexer.model.types import Hash32, Header, hex0x
+from indexer.model.types import BlockRef, Hash32, Header, hex0x
 from indexer.store import facts, stored
 from indexer.store.facts import Place, SomeRows
 from indexer.store.stored import Reading
@@ -141,17 +142,25 @@ class Comparison:
         if header.hash != block_hash:
             if any(place in theirs for place in ours):
                 raise Unsettled(f"{self._task.rpc.name}: logs of block {number} are of another block than its header")
-            return set()  # of a block that lost
+            if await self._undone(BlockRef(number, block_hash)):
+                return set()  # of a block that lost
+            return set(ours)
         truth = await self._of_block(header, asked)
         if truth is None:
             # without the block's receipts only the bloom can show absence: an answer without a log is one node's word again
-            again = await self._again(header, asked) if any(place in theirs for place in ours) else {}
+            alone = self._task.source.pool.quorum == 1  # else one node's word is not enough, said twice
+            again = await self._again(header, asked) if alone and any(place in theirs for place in ours) else {}
             return {
                 place
                 for place, reading in ours.items()
                 if (again.get(place) != theirs[place] if place in theirs else self._may_hold(header, reading))
             }
         return {place for place in ours if truth.get(place) != theirs.get(place)}
+
+    async def _undone(self, ours: BlockRef) -> bool:
+        """Whether a finalized block of ours is another one: never on the word of one endpoint, where several are to agree."""
+        pool = self._task.source.pool
+        return pool.quorum == 1 or (await witnesses.judge(pool, ours)).undone
 
     @staticmethod
     def _may_hold(header: Header, reading: Reading) -> bool:

@@ -174,6 +174,7 @@ class Backfill:
                 rows=rows,
                 headers=list(fetched.headers.values()),
                 covered=[Covered(emitter, low, window.high, "unverified") for emitter, low in asked.items()],
+                read_from=self._task.rpc.name,
             )
             self._interrupted = await rereads.any_open(conn, self._chain.chain_id)
         if done.events:

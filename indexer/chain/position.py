@@ -381,7 +381,14 @@ class Position:
             rows, headers = step.rows, step.headers
             covered = [Covered(e, self.floor.number + 1, self.cursor.number, "unverified") for e in sorted(new)]
         async with self._lease.transaction() as conn:
-            done = await facts.commit_range(conn, self.chain.chain_id, rows=rows, headers=headers, covered=covered)
+            done = await facts.commit_range(
+                conn,
+                self.chain.chain_id,
+                rows=rows,
+                headers=headers,
+                covered=covered,
+                read_from=self._rpc.name,
+            )
             await chains.set_followed(conn, self.chain.chain_id, self._unfollowed, self.cursor.number + 1)
         self._unfollowed = []
         if done.events:

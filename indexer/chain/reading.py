@@ -21,7 +21,8 @@ from indexer.chain.rpc import Rpc
 from indexer.chain.wire import Log, RawHeader, RawLog
 from indexer.config import Chain
 from indexer.model.types import BlockRef, Header, Schedule, hex0x
-from indexer.store import chains
+from indexer.store import chains, coverage
+from indexer.store.coverage import Verdict
 from indexer.store.leases import Lease
 from indexer.store.wakeups import Wakeups
 from indexer.telemetry import Metrics
@@ -53,6 +54,18 @@ class Task:
     def of(self, source: Source) -> Task:
         """The same work, asked of another."""
         return replace(self, source=source)
+
+
+async def second_reader(task: Task, low: int, high: int) -> tuple[Task | None, Verdict]:
+    """The same task, asked of an endpoint that these blocks were not first read from, and what its reading is worth.
+
+    Where there is no other: of the same, later. None where several witnesses are needed and no other can be asked now.
+    """
+    names, known = await coverage.readers(task.lease.connection, task.chain.chain_id, low, high)
+    for node in (task.source.lead, *task.source.others):
+        if node.name not in names and (node is task.source.lead or task.source.pool.live(node)):
+            return task.of(task.source.fixed(node)), "second_endpoint" if known else "second_look"
+    return (task if task.source.pool.quorum == 1 else None), "second_look"
 
 
 class Ranges:

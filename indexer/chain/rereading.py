@@ -13,10 +13,14 @@ from typing import Any, Final
 
 import structlog
 
-from indexer.chain.comparison import Comparison, Findings
+from indexer.chain.comparison import Comparison, Findings, WasRead
 from indexer.chain.coverage import Stride, read_before
+from indexer.chain.decode import Speakers
+from indexer.chain.integrity import Lie
+from indexer.chain.linkage import Unsettled
 from indexer.chain.position import load_speakers
-from indexer.chain.reading import Ranges, Task
+from indexer.chain.reading import Ranges, Task, second_reader
+from indexer.chain.rpc_errors import RpcError
 from indexer.chain.wire import Log
 from indexer.store import chains, coverage, facts, rereads, stored
 from indexer.store.coverage import HEAD_LANE, Covered, Span
@@ -98,23 +102,40 @@ class Rereading:
         emitters = await chains.load_emitters(conn, self._chain_id)
         gaps = await coverage.gaps(conn, self._chain_id, ranges.anchor.number)
         starts: dict[bytes, int] = {e.address: e.start_block for e in emitters}
-        comparison = Comparison(self._task, ranges, await load_speakers(conn, self._chain_id))
+        speakers = await load_speakers(conn, self._chain_id)
         stride = self._strides.setdefault(request.id, Stride(FIRST_WINDOW, LARGEST_WINDOW))
         assert request.high is not None and request.next_block is not None
         low, report = request.next_block, request.report
         for _ in range(windows):
             high = min(request.high, low + stride.blocks - 1)
             asked = frozenset(address for address, start in starts.items() if start <= high)
-            found = await comparison.window(low, high, asked, read_before(gaps, starts))
+            found = await self._elsewhere(ranges, speakers, low, high, asked, read_before(gaps, starts))
             stride.adapt(high - low + 1, found.logs)
             report = _added(report, found, low, high, repaired=request.kind != "audit")
             await self._store(request, found, asked, gaps, (low, high), report)
             for token in found.tokens if request.kind != "audit" else ():
-                comparison.speakers.learn(token)
+                speakers.learn(token)
             if high == request.high:
                 self._strides.pop(request.id)
                 return
             low = high + 1
+
+    async def _elsewhere(
+        self, ranges: Ranges, speakers: Speakers, low: int, high: int, asked: frozenset[bytes], was_read: WasRead
+    ) -> Findings:
+        """What another endpoint than the first reading's shows; the one at hand, where none can be asked."""
+        task, _ = await second_reader(self._task, low, high)
+        if task is not None and task.source.lead is not self._task.source.lead:
+            try:
+                other = await Ranges.open(task)
+                assert other is not None, "something is finalized"
+                return await Comparison(task, other, speakers).window(low, high, asked, was_read)
+            except (RpcError, Lie, Unsettled) as trouble:
+                log.warning(
+                    "re-reading at another endpoint failed: the one at hand is asked",
+                    chain=self._task.chain.name, endpoint=task.rpc.name, reason=str(trouble),
+                )  # fmt: skip
+        return await Comparison(self._task, ranges, speakers).window(low, high, asked, was_read)
 
     async def _store(
         self,

@@ -12,12 +12,16 @@ from collections.abc import Mapping, Sequence
 
 import structlog
 
-from indexer.chain.comparison import Comparison, Findings
+from indexer.chain.comparison import Comparison, Findings, WasRead
 from indexer.chain.coverage import Plan, Window, read_before
+from indexer.chain.decode import Speakers
+from indexer.chain.integrity import Lie
+from indexer.chain.linkage import Unsettled
 from indexer.chain.position import load_speakers
-from indexer.chain.reading import Ranges, Task
+from indexer.chain.reading import Ranges, Task, second_reader
+from indexer.chain.rpc_errors import RpcError
 from indexer.store import chains, coverage, facts
-from indexer.store.coverage import HEAD_LANE, Covered, Span
+from indexer.store.coverage import HEAD_LANE, Covered, Span, Verdict
 
 log = structlog.get_logger(__name__)
 
@@ -49,7 +53,10 @@ class SecondLook:
             upto = ranges.anchor.number
             if self._noticed:
                 self._plan = Plan({emitter: _joined(spans, upto) for emitter, spans in self._noticed.items()})
-            self._noticed = await coverage.unverified(self._lease.connection, self._chain.chain_id, upto)
+            others = any(self._task.source.pool.live(node) for node in self._task.source.others)
+            self._noticed = await coverage.unverified(
+                self._lease.connection, self._chain.chain_id, upto, elsewhere=others
+            )
             self._due = self._task.clock() + self._chain.second_look_seconds
         if self._plan is None:
             return 0
@@ -58,7 +65,6 @@ class SecondLook:
         speakers = await load_speakers(self._lease.connection, self._chain.chain_id)
         gaps = await coverage.gaps(self._lease.connection, self._chain.chain_id, ranges.anchor.number)
         was_read = read_before(gaps, {e.address: e.start_block for e in emitters})
-        comparison = Comparison(self._task, ranges, speakers)
         differences = 0
         for _ in range(windows):
             if (window := plan.next(WINDOW)) is None:
@@ -66,8 +72,13 @@ class SecondLook:
             asked = set(window.emitters) - {HEAD_LANE}
             if HEAD_LANE in window.emitters:
                 asked |= {e.address for e in emitters if e.followed_from is not None and e.followed_from <= window.high}
-            found = await comparison.window(window.low, window.high, frozenset(asked), was_read)
-            await self._store(window, found)
+            task, verdict = await second_reader(self._task, window.low, window.high)
+            if task is None:
+                continue  # owed still: the next plan has it again
+            found = await self._read(task, window, frozenset(asked), was_read, speakers)
+            if found is None:
+                continue
+            await self._store(task, window, found, verdict)
             for token in found.tokens:
                 speakers.learn(token)
             differences += len(found.differences)
@@ -75,18 +86,44 @@ class SecondLook:
         self._plan = plan
         return differences
 
-    async def _store(self, window: Window, found: Findings) -> None:
-        covered = [Covered(e, window.low, window.high, "second_look") for e in window.emitters] if found.settled else []
+    async def _read(
+        self, task: Task, window: Window, asked: frozenset[bytes], was_read: WasRead, speakers: Speakers
+    ) -> Findings | None:
+        """What another endpoint shows; None where it can't be had: that is no fault of the one that leads."""
+        try:
+            ranges = await Ranges.open(task)
+            assert ranges is not None, "something is finalized"
+            return await Comparison(task, ranges, speakers).window(window.low, window.high, asked, was_read)
+        except (RpcError, Lie, Unsettled) as trouble:
+            if task.source.lead is self._task.source.lead:
+                raise
+            log.warning(
+                "a second look at another endpoint failed",
+                chain=self._chain.name,
+                endpoint=task.rpc.name,
+                reason=str(trouble),
+            )
+            return None
+
+    async def _store(self, task: Task, window: Window, found: Findings, verdict: Verdict) -> None:
+        covered = [Covered(e, window.low, window.high, verdict) for e in window.emitters] if found.settled else []
         async with self._lease.transaction() as conn:
             await facts.commit_range(
-                conn, self._chain.chain_id, rows=found.rows, covered=covered, withdraw=found.withdraw, repair=True
+                conn,
+                self._chain.chain_id,
+                rows=found.rows,
+                covered=covered,
+                withdraw=found.withdraw,
+                repair=True,
+                # who read it first is not known: from now on it is whoever has read it now
+                read_from=task.rpc.name if verdict == "second_look" and task.source.pool.several else None,
             )
         if found.differences or found.readable:
             self._task.wakeups.poke("facts")
         if found.differences:
             log.error(
                 "a second look found differences, and repaired them",
-                chain=self._chain.name, endpoint=self._task.rpc.name, from_block=window.low, to_block=window.high,
+                chain=self._chain.name, endpoint=task.rpc.name, from_block=window.low, to_block=window.high,
                 missing=found.count("missing"), extra=found.count("extra"), different=found.count("different"),
             )  # fmt: skip
         if (metrics := self._task.metrics) is not None:

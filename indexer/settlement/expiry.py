@@ -28,7 +28,7 @@ async def certainly_expired(conn: Connection, operation: Operation, leg: Leg, he
     if operation.requested_at_stated and operation.requested_at_ms - CLOCK_SKEW_MS < after_ms:
         since = await store.first_block_since(conn, leg.chain_id, operation.requested_at_ms - CLOCK_SKEW_MS)
         start_block = start_block if since is None else max(start_block, since)
-    covered = await covered_until(conn, leg.chain_id, emitters, start_block)
+    covered = await covered_until(conn, leg.chain_id, emitters, start_block, several=heads.quorum > 1)
     if covered is None:
         return False
     time_ms = await store.highest_time_ms(conn, leg.chain_id, min(covered, heads.finalized_number))

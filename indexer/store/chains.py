@@ -418,7 +418,9 @@ async def set_agreement(
         """
         UPDATE indexer.chain SET endpoints = $3, agreed_number = coalesce($2, agreed_number),
             agreed_at = CASE WHEN $2::bigint IS NOT NULL THEN clock_timestamp() WHEN $4 THEN NULL ELSE agreed_at END,
-            linked_epoch = CASE WHEN $2::bigint IS NULL AND $4 THEN NULL ELSE linked_epoch END
+            linked_epoch = CASE WHEN $2::bigint IS NULL AND $4 THEN -1
+                WHEN $2 IS NOT NULL AND linked_epoch = -1 THEN (SELECT epoch FROM indexer.lease WHERE task = 'follow:' || $1::bigint)
+                ELSE linked_epoch END
         WHERE chain_id = $1
         """,
         chain_id,

@@ -62,7 +62,7 @@ async def cover(conn: asyncpg.Connection, chain_id: int, claims: Sequence[Covere
         """
         INSERT INTO indexer.coverage AS c (chain_id, emitter, verdict, blocks)
         SELECT $1, claim.emitter, claim.verdict,
-               CASE WHEN claim.verdict <> 'second_look' THEN range_agg(int8range(low, high, '[]'))
+               CASE WHEN claim.verdict NOT IN ('second_look', 'second_endpoint') THEN range_agg(int8range(low, high, '[]'))
                     ELSE range_agg(int8range(low, high, '[]')) * coalesce((
                         SELECT range_agg(k.blocks) FROM indexer.coverage AS k WHERE k.chain_id = $1 AND k.emitter = claim.emitter), '{}')
                END
@@ -83,11 +83,43 @@ async def cover(conn: asyncpg.Connection, chain_id: int, claims: Sequence[Covere
                 WHERE verdict <> 'unverified' GROUP BY emitter, verdict
             ) AS better
             WHERE c.chain_id = $1 AND c.emitter = better.emitter AND c.blocks && better.blocks
-              AND (c.verdict = 'unverified' OR (c.verdict = 'gate' AND better.verdict = 'second_look'))
+              AND (c.verdict = 'unverified' OR (c.verdict = 'gate' AND better.verdict IN ('second_look', 'second_endpoint'))
+                   OR (c.verdict = 'second_look' AND better.verdict = 'second_endpoint'))
             """,
             chain_id,
             *arrays,
         )
+
+
+async def note_reader(conn: asyncpg.Connection, chain_id: int, endpoint: str, low: int, high: int) -> None:
+    """Blocks low … high were read from this endpoint (first_reading_pk: a row an endpoint)."""
+    await conn.execute(
+        """
+        INSERT INTO indexer.first_reading AS r (chain_id, endpoint, blocks)
+        VALUES ($1, $2, int8multirange(int8range($3, $4, '[]')))
+        ON CONFLICT (chain_id, endpoint) DO UPDATE SET blocks = r.blocks + excluded.blocks
+        """,
+        chain_id,
+        endpoint,
+        low,
+        high,
+    )
+
+
+async def readers(conn: asyncpg.Connection, chain_id: int, low: int, high: int) -> tuple[frozenset[str], bool]:
+    """The endpoints that any of these blocks was first read from, and whether that is known of each of them."""
+    row = await conn.fetchrow(
+        """
+        SELECT coalesce(array_agg(endpoint) FILTER (WHERE blocks && int8range($2, $3, '[]')), '{}') AS endpoints,
+               coalesce(range_agg(blocks) @> int8range($2, $3, '[]'), false) AS known
+        FROM indexer.first_reading WHERE chain_id = $1
+        """,
+        chain_id,
+        low,
+        high,
+    )
+    assert row is not None
+    return frozenset(row["endpoints"]), row["known"]
 
 
 async def doubt(conn: asyncpg.Connection, chain_id: int, emitters: Sequence[bytes], low: int, high: int) -> None:
@@ -118,6 +150,14 @@ async def doubt(conn: asyncpg.Connection, chain_id: int, emitters: Sequence[byte
 
 async def forget_above(conn: asyncpg.Connection, chain_id: int, ancestor: int) -> None:
     """A reorganisation: nothing above `ancestor` was asked of the chain that stands now."""
+    await conn.execute(
+        """
+        UPDATE indexer.first_reading SET blocks = blocks - int8multirange(int8range($2, NULL, '()'))
+        WHERE chain_id = $1 AND blocks && int8range($2, NULL, '()')
+        """,
+        chain_id,
+        ancestor,
+    )
     # coverage_pk, leading column: a few rows per emitter
     await conn.execute(
         """
@@ -154,23 +194,31 @@ async def gaps(conn: asyncpg.Connection, chain_id: int, upto: int) -> dict[bytes
     return {row["address"]: _spans(row["missing"]) for row in rows}
 
 
-async def unverified(conn: asyncpg.Connection, chain_id: int, upto: int) -> dict[bytes, list[Span]]:
-    """Per emitter (HEAD_LANE included), the `unverified` blocks up to `upto`: what a second look is still owed for."""
+async def unverified(
+    conn: asyncpg.Connection, chain_id: int, upto: int, *, elsewhere: bool = False
+) -> dict[bytes, list[Span]]:
+    """Per emitter (HEAD_LANE included), the `unverified` blocks up to `upto`: what a second look is still owed for. `elsewhere`:
+    also what only the endpoint that read it first has read again, now that there is another."""
     rows = await conn.fetch(
         """
-        SELECT c.emitter, c.blocks * int8multirange(int8range(NULL, $2, '[]')) AS owed
+        SELECT c.emitter, range_agg(c.blocks) * int8multirange(int8range(NULL, $2, '[]')) AS owed
         FROM indexer.coverage AS c LEFT JOIN indexer.emitter AS e ON e.chain_id = c.chain_id AND e.address = c.emitter
-        WHERE c.chain_id = $1 AND c.verdict = 'unverified' AND (c.emitter = '' OR e.active)
+        WHERE c.chain_id = $1 AND (c.verdict = 'unverified' OR ($3 AND c.verdict = 'second_look')) AND (c.emitter = '' OR e.active)
           AND c.blocks && int8range(NULL, $2, '[]')
+        GROUP BY c.emitter
         """,
         chain_id,
         upto,
+        elsewhere,
     )
     return {row["emitter"]: _spans(row["owed"]) for row in rows}
 
 
-async def covered_until(conn: Connection, chain_id: int, emitters: Sequence[bytes], from_block: int) -> int | None:
-    """The highest block B such that [from_block, B] is covered, better than `unverified`, for each of the emitters.
+async def covered_until(
+    conn: Connection, chain_id: int, emitters: Sequence[bytes], from_block: int, *, several: bool = False
+) -> int | None:
+    """The highest block B such that [from_block, B] is covered, better than `unverified`, for each of the emitters: where a chain has
+    several witnesses, not by one endpoint alone, however often it was asked.
 
     Blocks before an emitter's start_block count as covered. None: `from_block` itself is not covered for one of them, or
     one is unknown. What `operation.expired` rests on.
@@ -181,10 +229,10 @@ async def covered_until(conn: Connection, chain_id: int, emitters: Sequence[byte
         """
         WITH lane AS (
             SELECT coalesce(range_agg(blocks), '{}') AS blocks FROM indexer.coverage
-            WHERE chain_id = $1 AND emitter = '' AND verdict <> 'unverified'
+            WHERE chain_id = $1 AND emitter = '' AND verdict <> ALL ($4::text[])
         ), own AS (
             SELECT emitter, range_agg(blocks) AS blocks FROM indexer.coverage
-            WHERE chain_id = $1 AND emitter = ANY($2::bytea[]) AND verdict <> 'unverified' GROUP BY emitter
+            WHERE chain_id = $1 AND emitter = ANY($2::bytea[]) AND verdict <> ALL ($4::text[]) GROUP BY emitter
         ), known AS (
             SELECT e.address,
                    int8multirange(int8range(NULL, e.start_block))
@@ -199,6 +247,7 @@ async def covered_until(conn: Connection, chain_id: int, emitters: Sequence[byte
         chain_id,
         list(emitters),
         from_block,
+        ["unverified", *(["second_look"] if several else [])],
     )
     assert row is not None
     return int(row["until"]) if row["emitters"] == len(set(emitters)) else None

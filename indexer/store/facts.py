@@ -141,11 +141,14 @@ async def commit_step(
         low = min(numbers if low is None else (*numbers, low))
         high = max(numbers if high is None else (*numbers, high))
     await coverage.cover(conn, chain_id, [Covered(HEAD_LANE, a, b, verdict) for verdict, a, b in covered])
+    for endpoint in read_from:
+        for _, a, b in covered:
+            await coverage.note_reader(conn, chain_id, endpoint, a, b)
     await chains.store_headers(conn, chain_id, headers)
     await conn.execute(
         """
         UPDATE indexer.chain SET head_number = $2, head_hash = $3, head_time_ms = $4, head_at = clock_timestamp(), mode = $5,
-            linked_epoch = CASE WHEN $6 THEN (SELECT epoch FROM indexer.lease WHERE task = 'follow:' || $1::bigint) END
+            linked_epoch = CASE WHEN $6 THEN (SELECT epoch FROM indexer.lease WHERE task = 'follow:' || $1::bigint) ELSE -1 END
         WHERE chain_id = $1
         """,
         chain_id,
@@ -169,17 +172,22 @@ async def commit_range(
     withdraw: Sequence[Place] = (),
     repair: bool = False,
     touch: tuple[int, int] | None = None,
+    read_from: str | None = None,
 ) -> Committed:
     """A range of one's own, beside the head lane: events and the coverage that speaks for them.
 
     `withdraw` names stored logs that another reading proved wrong: they stop being canonical, but for those that are among
     the rows as well. `repair`: rows that are there already are overwritten. `touch`: blocks to look at again, changed or not.
+    `read_from`: the endpoint, where this is a first reading.
     """
     gone = await _withdraw(conn, chain_id, withdraw) if withdraw else 0
     numbers = await store_events(conn, chain_id, rows, followed=False, repair=repair)
     if headers:
         await chains.store_headers(conn, chain_id, headers)
     await coverage.cover(conn, chain_id, covered)
+    if read_from is not None and covered:
+        low, high = min(c.low for c in covered), max(c.high for c in covered)
+        await coverage.note_reader(conn, chain_id, read_from, low, high)
     touched = [*numbers, *(number for number, _, _ in withdraw), *(touch or ())]
     await _announce(conn, chain_id, min(touched, default=None), max(touched, default=None), heads=False)
     return Committed(len(numbers), orphaned_events=gone)

@@ -150,7 +150,7 @@ chain = Table(
     Column("finalized_time_ms", BigInteger),
     Column("finalized_at", Time),
     Column("mode", Text),  # 'socket' | 'polling'
-    # epoch of the follower's lease that last linked a head to what is stored: facts of an epoch before may be undone unseen; null
+    # epoch of the follower's lease that last linked a head to what is stored: facts of an epoch before may be undone unseen; -1
     # while its endpoints do not agree
     Column("linked_epoch", BigInteger),
     Column("schedule", JSONB),  # {"l2_time": s, "first_fast_block": n} where blocks follow Base's schedule
@@ -248,6 +248,16 @@ coverage = Table(
     Column("verdict", Text, nullable=False),
     Column("blocks", INT8MULTIRANGE, nullable=False),
     PrimaryKeyConstraint("chain_id", "emitter", "verdict"),
+)
+
+# Which endpoint the blocks of a chain were first read from: a second look at them asks another.
+first_reading = Table(
+    "first_reading",
+    metadata,
+    Column("chain_id", BigInteger, nullable=False),
+    Column("endpoint", Text, nullable=False),
+    Column("blocks", INT8MULTIRANGE, nullable=False),
+    PrimaryKeyConstraint("chain_id", "endpoint"),
 )
 
 # What a person asked to have read again (audit, replay) or decoded again (redecode): history carries it out, a few windows

@@ -220,6 +220,13 @@ def create_tables() -> None:
     sa.PrimaryKeyConstraint('chain_id', 'fingerprint', name=op.f('endpoint_limits_pk')),
     schema='indexer'
     )
+    op.create_table('first_reading',
+    sa.Column('chain_id', sa.BigInteger(), nullable=False),
+    sa.Column('endpoint', sa.Text(), nullable=False),
+    sa.Column('blocks', postgresql.INT8MULTIRANGE(), nullable=False),
+    sa.PrimaryKeyConstraint('chain_id', 'endpoint', name=op.f('first_reading_pk')),
+    schema='indexer'
+    )
     op.create_table('forgotten_signal',
     sa.Column('id', sa.UUID(), nullable=False),
     sa.PrimaryKeyConstraint('id', name=op.f('forgotten_signal_pk')),
@@ -724,6 +731,7 @@ def drop_tables() -> None:
     op.drop_table('lease', schema='indexer')
     op.drop_table('instance', schema='indexer')
     op.drop_table('forgotten_signal', schema='indexer')
+    op.drop_table('first_reading', schema='indexer')
     op.drop_table('endpoint_limits', schema='indexer')
     op.drop_table('emitter_role', schema='indexer')
     op.drop_table('emitter', schema='indexer')

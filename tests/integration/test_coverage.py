@@ -82,14 +82,16 @@ async def test_gaps_and_covered_until_agree_with_sets_of_blocks(conn: asyncpg.Co
         else:
             await coverage.cover(conn, CHAIN, [Covered(who, low, high, verdict)])
             for number in range(low, high + 1):
-                if verdict == "second_look" and not model[who].get(number):
+                if verdict.startswith("second_") and not model[who].get(number):
                     continue  # nobody read it before: this was the first look
                 held = model[who].setdefault(number, set())
                 held.add(verdict)
                 if verdict != "unverified":
                     held.discard("unverified")
-                if verdict == "second_look":
+                if verdict.startswith("second_"):
                     held.discard("gate")
+                if verdict == "second_endpoint":
+                    held.discard("second_look")
 
         def verdicts(emitter: Emitter, number: int) -> set[Verdict]:
             own = model[emitter.address].get(number, set())
@@ -101,19 +103,19 @@ async def test_gaps_and_covered_until_agree_with_sets_of_blocks(conn: asyncpg.Co
             expected = {n for n in range(emitter.start_block, 111) if not verdicts(emitter, n)}
             assert blocks(gaps.get(emitter.address, [])) == expected
         for wanted in ([known[0]], [known[1], known[2]], known):
-            start = rng.randint(0, 90)
+            start, several = rng.randint(0, 90), rng.random() < 0.5
+            weak = {"unverified", "second_look"} if several else {"unverified"}
             until = start - 1
-            while until < 200 and all(
-                until + 1 < e.start_block or verdicts(e, until + 1) - {"unverified"} for e in wanted
-            ):
+            while until < 200 and all(until + 1 < e.start_block or verdicts(e, until + 1) - weak for e in wanted):
                 until += 1
-            found = await coverage.covered_until(conn, CHAIN, [e.address for e in wanted], start)
+            found = await coverage.covered_until(conn, CHAIN, [e.address for e in wanted], start, several=several)
             assert found == (until if until >= start else None)
-        owed = await coverage.unverified(conn, CHAIN, 70)
-        for address in (A, B, TOKEN, HEAD_LANE):
-            assert blocks(owed.get(address, [])) == {
-                n for n, held in model[address].items() if "unverified" in held and n <= 70
-            }
+        for elsewhere, weak in ((False, {"unverified"}), (True, {"unverified", "second_look"})):
+            owed = await coverage.unverified(conn, CHAIN, 70, elsewhere=elsewhere)
+            for address in (A, B, TOKEN, HEAD_LANE):
+                assert blocks(owed.get(address, [])) == {
+                    n for n, held in model[address].items() if held & weak and n <= 70
+                }
 
 
 async def test_an_unknown_emitter_is_covered_nowhere(conn: asyncpg.Connection) -> None:

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 
 from indexer.chain import pool as pool_of_endpoints
+from indexer.commands.wiring import plain
 from indexer.config import Chain
 from indexer.store.database import Database
+from indexer.store.overview import overview
+from indexer.terminal import status_text
 from tests.fake_node import FakeChain, FakeNode
-from tests.following import caught_up, chain_config, created, eventually, issued, stored, truth
+from tests.following import FACTORY, caught_up, chain_config, created, eventually, issued, stored, truth
 from tests.simulation.world import World
 
 MODES = pytest.mark.parametrize("socket", [True, False], ids=["socket", "polling"])
@@ -309,3 +312,68 @@ async def test_an_answer_that_fails_a_check_is_asked_again_elsewhere(
             await standing(world, nodes[0], "live")
             await agree(world)
             await world.intact()
+
+
+async def test_a_second_look_asks_another_endpoint_and_expiry_rests_on_both(database: Database) -> None:
+    """The leader hides an event in history and at the head: the other finds it; what both read is `second_endpoint`."""
+    async with nodes_of(loyal(FakeChain()), 2) as nodes:
+        world = world_of(database, nodes, socket=False)
+        nodes[0].mine([issued(1)], 5)
+        nodes[0].set_tags(safe=9, finalized=8)
+        nodes[0].hide_logs(times=None)
+        async with world.running():
+            await world.caught_up()
+            await agree(world)
+            nodes[0].mine([issued(2)], 5)
+            await world.caught_up()
+            gone = await world.register(7, deadline=str(nodes[0].chain.time_ms(7) // 1000))
+            await world.tags(safe=15, finalized=14)
+            await world.intact()
+
+            async def both() -> bool:
+                found = await world.verdicts(0, 14) | await world.verdicts(0, 14, FACTORY)
+                return found <= {"second_endpoint", "gate"} and bool(found)
+
+            await eventually(both, what="second looks")
+            assert world.total("second_look_differences_total") >= 2
+            await world.reaches(gone, "expired")
+
+
+async def test_without_the_second_endpoint_nothing_expires(database: Database) -> None:
+    """Read twice from one endpoint is one endpoint's word."""
+    async with nodes_of(loyal(FakeChain()), 2) as nodes:
+        world = world_of(database, nodes, socket=False)
+        async with world.running():
+            await world.caught_up()
+            await agree(world)
+            await nodes[1].stop()
+            await agree(world, False)
+            gone = await world.register(7, deadline=str(nodes[0].chain.time_ms(3) // 1000))
+            nodes[0].mine(blocks=10)
+            nodes[0].set_tags(safe=14, finalized=12)
+            await world.caught_up()
+            await world.looked()
+            row = await database.pool.fetchrow("SELECT safe_number, finalized_number FROM indexer.chain")
+            assert row is not None and tuple(row) == (0, 0), "a tag is agreed on, or stays"
+            assert await world.state(gone) == "pending"
+            await nodes[1].start()
+            await world.reaches(gone, "expired")
+
+
+async def test_the_status_names_the_endpoints(database: Database) -> None:
+    """`/v1/status` and `indexer status`: needed, agreed, and who stands how."""
+    async with nodes_of(loyal(FakeChain()), 2) as nodes:
+        world = world_of(database, nodes, socket=False)
+        async with world.running():
+            await world.caught_up()
+            await agree(world)
+            await nodes[1].stop()
+            await agree(world, False)
+            async with database.pool.acquire() as conn:
+                seen = await overview(conn)
+            text = status_text(plain(seen))
+            assert "NOT LIVE: signals of readiness wait" in text
+            assert "witnesses 2 needed; endpoints DO NOT AGREE: facts go on, signals wait" in text
+            assert f"127.0.0.1:{nodes[0].port} (primary, leads) live" in text
+            assert f"127.0.0.1:{nodes[1].port} (fallback) failing: " in text and "no connection" in text
+            assert world.sample("witnesses", chain="fake") == 1
