@@ -124,14 +124,16 @@ async def sweep(
 ) -> Stored:
     """A complete listing held `seen` and nothing else: what it should have held and didn't is missing, at last withdrawn.
 
-    `since_ms`, `until_ms`: it spoke of records with times between, both exclusive. partner_record_wallet_idx.
+    `since_ms`, `until_ms`: it spoke of records with times between, both exclusive; without `since_ms` also of those without a time
+    that were read before its end. partner_record_wallet_idx.
     """
     stored = Stored()
     rows = await conn.fetch(
         """
         UPDATE indexer.partner_record SET missing = least(missing + 1, 1000)
         WHERE brand = $1 AND partner = $2 AND wallet = $3 AND current
-          AND ($5::bigint IS NULL OR time_ms > $5) AND ($6::bigint IS NULL OR time_ms < $6)
+          AND ($5::bigint IS NULL OR time_ms > $5)
+          AND ($6::bigint IS NULL OR time_ms < $6 OR (time_ms IS NULL AND seen_at < to_timestamp($6 / 1000.0)))
           AND record_id NOT IN (SELECT unnest($4::text[]))
         RETURNING record_id, missing
         """,

@@ -217,6 +217,14 @@ async def test_a_row_without_a_time_is_as_old_as_the_last_whole_reading(database
         assert not found[second.id]["undated"]
         assert found[second.id]["after_ms"] == found[second.id]["time_ms"] == int(swept[0] * 1000)
 
+        # gone, it is missed by those sweeps that read everything
+        first.deleted_at = time.now()
+        for _ in range(2):
+            time.ahead += 90_000
+            await poller.sweep_if_due()
+        gone = {t["record_id"]: t["withdrawn_at"] is not None for t in await desk.transfers()}
+        assert gone == {first.id: True, second.id: False}
+
 
 async def test_a_row_without_an_id_may_be_any_that_is_missing(database: Database) -> None:
     time = Time()
