@@ -29,6 +29,8 @@ async def test_a_daemon_behind_a_pooler_of_transactions(
         opened(kind, database.url, size=SESSIONS) as pooler,
         Relay.before(database.url, whole_sessions=True) as direct,
     ):
+        mistaken = await world.start(environ={"INDEXER_DATABASE__URL": pooler.url(database.url)})
+        assert await mistaken.ended() == 2 and "direct_url" in mistaken.last_words()
         environ = {
             "INDEXER_DATABASE__URL": pooler.url(database.url),
             "INDEXER_DATABASE__DIRECT_URL": direct.url(database.url),
