@@ -214,15 +214,25 @@ async def following(
 
 @asynccontextmanager
 async def filling(
-    database: Database, node: FakeNode, chain: Chain | None = None, *, ttl: float = 15, **more: Any
+    database: Database,
+    node: FakeNode,
+    chain: Chain | None = None,
+    *,
+    checks: list[tuple[str, str]] | None = None,
+    ttl: float = 15,
+    **more: Any,
 ) -> AsyncIterator[asyncio.Task[None]]:
     """History being filled for the body; killed at the end."""
     chain = chain or chain_config(node)
     rpc = Rpc(chain.rpc[0].url, timeout=5)
 
+    def count(check: str, outcome: object) -> None:
+        if checks is not None:
+            checks.append((check, str(outcome)))
+
     async def run() -> None:
         async with rpc, Leases(database, ttl=ttl).hold(f"history:{chain.chain_id}") as lease:
-            source = Pool.of(rpc, chain.chain_id, chain.name).source("history")
+            source = Pool.of(rpc, chain.chain_id, chain.name, count=count).source("history")
             await fill_history(chain, source, lease, Wakeups(), DECODER, **more)
 
     task = asyncio.create_task(run())

@@ -55,7 +55,7 @@ async def test_history_and_the_second_look_at_it(database: Database) -> None:
         checks: list[tuple[str, str]] = []
         async with (
             following(database, node, chain),
-            filling(database, node, chain, count=lambda check, outcome: checks.append((check, str(outcome)))),
+            filling(database, node, chain, checks=checks),
         ):
             await history_filled(database, node.chain_id)
             assert await stored(database) == truth(node.chain)
