@@ -237,6 +237,15 @@ def status_text(seen: dict[str, Any]) -> str:
             )
         elif hook["deadLetters"]:
             lines.append(f"webhook {hook['brand']}/{hook['name']}: {hook['deadLetters']} dead letters")
+    for account in seen["partners"]:
+        name = f"{account['partner']} account of {account['brand']}"
+        if account["refused"] is not None:
+            lines.append(f"{name}: REFUSED since {account['refusedSince']}: {account['refused']}")
+        elif account["problem"] is not None:
+            lines.append(f"{name}: {account['problem']}")
+        if account["differences"]:
+            last = account["differences"][-1]
+            lines.append(f"{name} DIFFERS from the chain, last seen {last['at']}: {last['what']}")
     for lease in seen["leases"]:
         lines.append(
             f"task {lease['task']:<18}{'held by ' + str(lease['holder']) if lease['held'] else 'free'} (epoch {lease['epoch']})"

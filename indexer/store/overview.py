@@ -96,6 +96,25 @@ class Unsent(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     seconds: float
 
 
+class Difference(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
+    """What a partner's API says otherwise than the chain, in words."""
+
+    at: datetime
+    what: str
+
+
+class Partner(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
+    """A brand's account at a partner. `refused`: what its key is not accepted for, and is asked again by a probe alone."""
+
+    brand: str
+    partner: str
+    answered_at: datetime | None  # the last usable answer
+    problem: str | None
+    refused: str | None
+    refused_since: datetime | None
+    differences: list[Difference]  # the latest of them
+
+
 class Overview(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     now: datetime
     stream: UUID | None
@@ -104,6 +123,7 @@ class Overview(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     chains: list[Chain]
     unsent: list[Unsent]
     webhooks: list[webhooks.Endpoint]
+    partners: list[Partner]
     leases: list[Lease]
 
 
@@ -181,6 +201,14 @@ async def overview(conn: Connection, brand: str | None = None) -> Overview:
         history = {entry["chain_id"]: entry for entry in await conn.fetch(_HISTORY)}
         unsent = await conn.fetch(_UNSENT, brand)
         endpoints = await webhooks.list_webhooks(conn, brand)
+        partners = await conn.fetch(
+            """
+            SELECT brand, partner, polled_at AS answered_at, problem, stopped_reason AS refused, stopped_at AS refused_since,
+                   coalesce(state -> 'differences', '[]') AS differences
+            FROM indexer.partner_account WHERE active AND ($1::text IS NULL OR brand = $1) ORDER BY brand, partner
+            """,
+            brand,
+        )
         leases = await conn.fetch(
             """
             SELECT task, holder, epoch, until, holder IS NOT NULL AND coalesce(until > clock_timestamp(), false) AS held
@@ -196,8 +224,16 @@ async def overview(conn: Connection, brand: str | None = None) -> Overview:
         chains=[_chain(entry, history.get(entry["chain_id"])) for entry in chains],
         unsent=[Unsent(**entry) for entry in unsent],
         webhooks=endpoints,
+        partners=[_partner(entry) for entry in partners],
         leases=[Lease(**entry) for entry in leases],
     )
+
+
+def _partner(row: Any) -> Partner:
+    told = [
+        Difference(at=datetime.fromtimestamp(float(each["at"]), UTC), what=each["what"]) for each in row["differences"]
+    ]
+    return Partner(**{**row, "differences": told})
 
 
 def _chain(row: Any, history: Any) -> Chain:

@@ -8,9 +8,10 @@ from contextlib import suppress
 
 import pytest
 
+from indexer.commands.wiring import plain
 from indexer.model.types import Address
 from indexer.partners import loyfin
-from indexer.partners.client import PartnerError, Refused
+from indexer.partners.client import Denied, PartnerError, Refused
 from indexer.partners.credential import PROBE
 from indexer.partners.loyfin import LIMIT, LoyfinPoller
 from indexer.partners.orders import Unusable
@@ -18,6 +19,8 @@ from indexer.sandbox.partners.faults import FAULTS
 from indexer.sandbox.partners.loyfin import LoyfinApi, Mined, Stored
 from indexer.sandbox.partners.wire import Reply, Request, answer
 from indexer.store.database import Database
+from indexer.store.overview import overview
+from indexer.terminal import status_text
 from tests.partner_office import BRAND, Time, office
 from tests.world import ISSUER, World, hexa
 
@@ -70,6 +73,20 @@ async def test_hints_come_and_go_and_differences_are_shown(database: Database, d
         assert "block 77 in the API, 5 on the chain" in state["differences"][0]["what"]
         await poller.cross_check()
         assert desk.oddities()["difference"] == 1  # each is told once
+
+        # a person sees it in the status, beside what is refused
+        api.keys.add("another key")
+        with pytest.raises(Denied):
+            await poller.look()
+        await desk.desk.note_health()
+        async with database.pool.acquire() as conn:
+            seen = await overview(conn)
+            assert (await overview(conn, "rose")).partners == []
+        (account,) = seen.partners
+        assert account.refused is not None and "401" in account.refused and account.answered_at is not None
+        assert [each.what for each in account.differences] == [state["differences"][0]["what"]]
+        text = status_text(plain(seen))
+        assert "loyfin account of bloom: REFUSED since" in text and "block 77 in the API, 5 on the chain" in text
 
 
 async def test_hints_behind_any_number_of_pages_are_read_and_new_ones_at_once(
