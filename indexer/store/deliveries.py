@@ -145,10 +145,11 @@ async def begin(conn: asyncpg.Connection, rooms: Sequence[Room]) -> Turn:
             FROM room
             JOIN indexer.webhook w ON w.brand = room.brand AND w.name = room.webhook AND w.active AND w.disabled_at IS NULL
            CROSS JOIN LATERAL (
-             SELECT d.brand, d.webhook, d.aggregateid FROM indexer.delivery d
+             -- what is being taken back is passed over, not counted: a reconciler that stands still holds up nobody else
+             SELECT d.brand, d.webhook, d.aggregateid FROM indexer.delivery d JOIN indexer.outbox o ON o.id = d.signal_id
               WHERE d.brand = room.brand AND d.webhook = room.webhook AND d.state = 'pending' AND d.awaits IS NULL
                 AND d.next_at <= now()
-              ORDER BY d.next_at LIMIT room.free) c
+              ORDER BY d.next_at LIMIT room.free FOR SHARE OF o SKIP LOCKED) c
         ), head AS (
           SELECT d.brand, d.webhook, d.signal_id, d.aggregateid, d.type, d.attempts, d.next_at, d.begun_at, due.allowance,
                  o.position, o.superseded_by, o.supersedes, o.payload, (

@@ -142,6 +142,21 @@ async def test_a_supersession_that_has_not_committed_is_waited_for_by_nobody_els
     assert [tuple(row) for row in states] == [("superseded", None)] * 2
 
 
+async def test_a_reconciler_that_stands_still_with_many_holds_up_nobody_else(
+    ready: Signal, dispatcher: asyncpg.Connection, reconciler: asyncpg.Connection
+) -> None:
+    many = [ready, *(signal(READY, uuid4()) for _ in range(50))]  # more than an endpoint takes in a turn
+    await told(dispatcher, *many[1:])
+    other = signal(READY, uuid4())
+    await told(dispatcher, other)
+    change = reconciler.transaction()
+    await change.start()
+    await signals.append(reconciler, [signal(REVERTED, one.aggregateid, one) for one in many])
+    assert [attempt.signal_id for attempt in await take_all(dispatcher)] == [other.id]
+    await change.rollback()
+    assert {attempt.signal_id for attempt in await take_all(dispatcher)} == {one.id for one in many}
+
+
 async def test_a_supersession_waits_for_an_attempt_that_is_being_put_on_record_and_follows_it(
     ready: Signal, dispatcher: asyncpg.Connection, reconciler: asyncpg.Connection
 ) -> None:
