@@ -13,7 +13,7 @@ CHECKOUT = Path(__file__).parents[2]
 def play(*arguments: str, expect: int = 0) -> list[tuple[int, str, str]]:
     """(seed, ok or FAILED, hash of its trace) of each seed, in a process of its own."""
     command = [sys.executable, "-m", "tests.simulation.seeded", "--jobs", "1", *arguments]
-    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == expect, done.stdout[-6000:] + done.stderr[-3000:]
     found = re.findall(r"^seed (\d+): (ok|FAILED) ([0-9a-f]+)", done.stdout, re.MULTILINE)
     return [(int(seed), word, trace) for seed, word, trace in found]
