@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from indexer.chain.integrity import verify_header
+from indexer.chain.integrity import Count, verify_header
 from indexer.chain.rpc import Rpc
 from indexer.model.types import BlockRef, Header, Schedule, hex0x
 
@@ -65,6 +65,7 @@ class Held:
     floor: BlockRef
     at: Callable[[int], Awaitable[BlockRef | None]]  # exactly this height
     at_or_below: Callable[[int], Awaitable[BlockRef | None]]
+    count: Count | None = None
 
 
 async def ancestor_of(header: Header, held: Held, rpc: Rpc) -> BlockRef:
@@ -86,7 +87,7 @@ async def ancestor_of(header: Header, held: Held, rpc: Rpc) -> BlockRef:
             raise Unsettled(
                 f"{rpc.name} does not know block {number} {hex0x(parent)}, the parent of one that it announced"
             )
-        parent = verify_header(raw, held.schedule, parent).parent_hash
+        parent = verify_header(raw, held.schedule, parent, count=held.count).parent_hash
         number -= 1
     return await ancestor_below(number, held, rpc)
 
@@ -119,4 +120,4 @@ async def _on_node(number: int, held: Held, rpc: Rpc) -> BlockRef:
     if raw is None:
         # one that shows a higher block has this one: another replica answered
         raise Unsettled(f"{rpc.name} shows a block above {number}, and does not know block {number}")
-    return verify_header(raw, held.schedule, number).ref
+    return verify_header(raw, held.schedule, number, count=held.count).ref

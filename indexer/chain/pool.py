@@ -15,7 +15,7 @@ from typing import Final, Literal
 
 import structlog
 
-from indexer.chain.integrity import Count, Lie, Outcome
+from indexer.chain.integrity import Count, Lie, Observed, Outcome
 from indexer.chain.limits import Limits
 from indexer.chain.rpc import Rpc
 from indexer.chain.rpc_errors import MethodMissing, PrunedHistory, RpcError
@@ -113,12 +113,13 @@ class Pool:
         quorum: int = 1,
         count: CountOf | None = None,
         metrics: Metrics | None = None,
+        observe: bool = False,
     ) -> None:
         self.chain, self.chain_id, self.nodes, self.quorum = chain, chain_id, list(nodes), quorum
         self.genesis: Hash32 | None = None
         self.schedule: Schedule | None = None
         self.ours: Callable[[int], BlockRef | None] = lambda _: None
-        self._count, self._metrics = count, metrics
+        self._count, self._metrics, self.observe = count, metrics, observe
         self.limits = Limits(chain_id, [node.rpc for node in nodes])
 
     @classmethod
@@ -133,8 +134,13 @@ class Pool:
 
     def counting(self, endpoint: str) -> Count | None:
         """Counts checks as that endpoint's."""
-        count = self._count
-        return None if count is None else (lambda check, outcome: count(endpoint, check, outcome))
+        if (count := self._count) is None:
+            return None
+
+        def counted(check: str, outcome: Outcome) -> None:
+            count(endpoint, check, outcome)
+
+        return Observed(counted) if self.observe else counted
 
     def source(self, purpose: Purpose = "head") -> Source:
         ranks = {role: rank for rank, role in enumerate(ORDER[purpose])}
@@ -205,12 +211,15 @@ class Source:
         self.lead = self._nodes[0]
         self._rests: dict[Node, tuple[float, int]] = {}  # until when, and how often it failed in a row
         self._suspect: tuple[Node, Lie] | None = None
+        self.count: Count = (
+            Observed(self._counted) if pool.observe else self._counted
+        )  # as the lead's, whoever leads then
 
     @property
     def rpc(self) -> Rpc:
         return self.lead.rpc
 
-    def count(self, check: str, outcome: Outcome) -> None:
+    def _counted(self, check: str, outcome: Outcome) -> None:
         counted = self.pool.counting(self.lead.name)
         if counted is not None:
             counted(check, outcome)
@@ -341,7 +350,7 @@ class Source:
             try:
                 self.lead.identified = False
                 await self.identify()
-                schedule = await discover(self.rpc, self.pool.chain_id, self.pool.genesis, schedules)
+                schedule = await discover(self.rpc, self.pool.chain_id, self.pool.genesis, schedules, self.count)
             except (ScheduleMismatch, RpcError, Lie) as error:
                 if last or not (self.failed(error) or self.others):
                     raise

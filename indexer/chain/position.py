@@ -222,7 +222,7 @@ class Position:
         )
 
     def as_held(self) -> Held:
-        return Held(self.chain.name, self.schedule, self.floor, self.held, self.held_at_or_below)
+        return Held(self.chain.name, self.schedule, self.floor, self.held, self.held_at_or_below, self._count)
 
     # --------------------------------------------------------------------- moving
 

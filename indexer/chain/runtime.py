@@ -70,7 +70,15 @@ class ChainRuntime:
                     observe=observe,
                 )
                 nodes.append(Node(await stack.enter_async_context(rpc), chain.role_of(place), place))
-            pool = Pool(chain.name, chain.chain_id, nodes, quorum=chain.quorum, count=count, metrics=metrics)
+            pool = Pool(
+                chain.name,
+                chain.chain_id,
+                nodes,
+                quorum=chain.quorum,
+                count=count,
+                metrics=metrics,
+                observe=chain.integrity == "observe",
+            )
             await stack.enter_async_context(watched(pool, chain.tags_seconds))
             yield cls(chain, pool, metrics, wakeups, progress)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from indexer.chain.integrity import verify_header
+from indexer.chain.integrity import Count, verify_header
 from indexer.chain.rpc import Rpc
 from indexer.chain.rpc_errors import MethodMissing, PrunedHistory, UnknownBlock
 from indexer.model.types import Hash32, Header, Schedule, hash32, hex0x
@@ -64,7 +64,11 @@ async def check_genesis(rpc: Rpc, name: str, known: Hash32 | None) -> Hash32 | N
 
 
 async def discover(
-    rpc: Rpc, chain_id: int, genesis: Hash32 | None, known: Mapping[tuple[int, Hash32], Schedule] = BASE
+    rpc: Rpc,
+    chain_id: int,
+    genesis: Hash32 | None,
+    known: Mapping[tuple[int, Hash32], Schedule] = BASE,
+    count: Count | None = None,
 ) -> Schedule | None:
     """The schedule of the chain, its first fast block as the chain shows it; None for a chain that has none.
 
@@ -81,9 +85,9 @@ async def discover(
         raise UnknownBlock(
             "it knows no latest block", endpoint=rpc.name, method="eth_getBlockByNumber", params="latest"
         )
-    latest = verify_header(raw, None)
+    latest = verify_header(raw, None, count=count)
     candidates = [Schedule(stated.l2_time, stated.first_fast_block + d) for d in range(-SLACK, SLACK + 1)]
-    around = await _around(rpc, stated.first_fast_block, latest)
+    around = await _around(rpc, stated.first_fast_block, latest, count)
     fitting = [schedule for schedule in candidates if _fits(schedule, [*around, latest])]
     if latest.number < stated.first_fast_block - SLACK and stated in fitting:
         return stated  # the switch is still ahead: nothing to read yet
@@ -99,7 +103,7 @@ async def discover(
     )
 
 
-async def _around(rpc: Rpc, first_fast: int, latest: Header) -> list[Header]:
+async def _around(rpc: Rpc, first_fast: int, latest: Header, count: Count | None) -> list[Header]:
     """Headers on both sides of the switch, as far as the endpoint still has them."""
     numbers = [n for n in range(first_fast - SLACK - 1, first_fast + SLACK + 2) if n <= latest.number]
     if not numbers:
@@ -108,7 +112,11 @@ async def _around(rpc: Rpc, first_fast: int, latest: Header) -> list[Header]:
         answers = await rpc.headers(numbers)
     except (PrunedHistory, UnknownBlock, MethodMissing):
         return []
-    return [verify_header(raw, None, asked) for raw, asked in zip(answers, numbers, strict=True) if raw is not None]
+    return [
+        verify_header(raw, None, asked, count=count)
+        for raw, asked in zip(answers, numbers, strict=True)
+        if raw is not None
+    ]
 
 
 def _fits(schedule: Schedule, headers: Sequence[Header]) -> bool:

@@ -186,6 +186,10 @@ class Chain(Section):
         description="Before evidence counts above included, its block's receipts are proven. where_possible: what cannot be "
         "proven at all counts all the same, and says so; off: nothing is proven.",
     )
+    integrity: Literal["enforce", "observe"] = Field(
+        default="enforce",
+        description="observe: answers that fail a check are counted and used all the same; for a chain whose rules have changed.",
+    )
     explorer: HttpUrl | None = Field(
         default=None, description="Base URL of a block explorer, for explorerUrl in signals (https://basescan.org)."
     )

@@ -13,12 +13,14 @@ import asyncpg
 import structlog
 
 from indexer.model import signal as signals
-from indexer.model.confidence import Alarm, Level
+from indexer.model.confidence import Alarm, Heads, Level
+from indexer.model.evidence import Movement
+from indexer.model.standing import Standing, block_of
 from indexer.settlement.desk import Pass
 from indexer.settlement.reconciler import Observer, reconcile
 from indexer.settlement.reconsider import Reconsideration
 from indexer.settlement.rules import BrandRules, standing_of, with_contracts
-from indexer.store import operations, unmatched
+from indexer.store import attestations, operations, unmatched
 from indexer.store.connection import Connection
 from indexer.store.leases import Lease
 from indexer.store.operations import Changes
@@ -45,6 +47,7 @@ DEFECTS = (
 )
 UNMATCHED_QUIET_MS = 600_000  # evidence younger than this may still find its registration
 UNMATCHED_EVERY = 10  # sweeps
+VOUCHED_AT_ONCE = 10  # blocks of unmatched evidence that are asked about: what is claimed goes first
 LOOK_AGAIN_SECONDS = 600.0  # a partner's record that is not final yet, or that a person decides on
 
 
@@ -126,6 +129,9 @@ async def tell_unmatched(conn: Connection, quiet_ms: int, limit: int = UNMATCHED
         if chain.latched or chain.safe_number < 0:
             continue
         found, cursor, unread = await unmatched.unmatched_due(conn, chain, clock_ms, quiet_ms, limit)
+        if chain.quorum > 1 and found:
+            found, cursor, waits = await _vouched(conn, chain, found, cursor, clock_ms)
+            unread = unread and not waits
         spoken_for: set[UUID] = set()
         if found:
             spoken_for = await unmatched.contested(conn, [movement for _, movement in found])
@@ -136,6 +142,29 @@ async def tell_unmatched(conn: Connection, quiet_ms: int, limit: int = UNMATCHED
         more = more or unread
         await unmatched.move_unmatched_cursor(conn, chain.chain_id, cursor)
     return Unmatched(told, more)
+
+
+async def _vouched(
+    conn: Connection, chain: Heads, found: list[tuple[str, Movement]], cursor: int, clock_ms: int
+) -> tuple[list[tuple[str, Movement]], int, bool]:
+    """Of unmatched evidence what enough endpoints hold and receipts were looked at for, up to the first block for which that is not
+    known yet: it is asked, a few blocks at a time, and the cursor waits before it."""
+    blocks = {block for _, movement in found if (block := block_of(movement)) is not None}
+    standing = Standing({chain.chain_id: chain}, now_ms=clock_ms, attested=await attestations.load(conn, blocks))
+    open_ones = sorted(
+        movement.block_number
+        for _, movement in found
+        if (held := standing.attestation(movement)) is None
+        or held.witnesses < chain.quorum
+        or (chain.proof != "off" and held.proof is None)
+    )
+    if not open_ones:
+        return found, cursor, False
+    first = open_ones[0]
+    asked = sorted({block for _, movement in found if (block := standing.to_ask(movement)) is not None})
+    if asked:
+        await attestations.ask(conn, asked[:VOUCHED_AT_ONCE])
+    return [(brand, m) for brand, m in found if m.block_number < first], min(cursor, first - 1), True
 
 
 async def tell_unmatched_records(

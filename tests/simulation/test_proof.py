@@ -13,10 +13,10 @@ from tests.simulation.test_pool import agree, loyal, nodes_of, world_of
 from tests.simulation.world import World
 
 
-def amount_of(log: dict[str, Any], amount: int) -> dict[str, Any]:
-    """The log of `issued` with another amount."""
+def word_of(log: dict[str, Any], place: int, value: int) -> dict[str, Any]:
+    """The log of `issued` with another word of its data: 3 is the amount, 4 the nonce."""
     data = bytes.fromhex(log["data"][2:])
-    return log | {"data": hx(data[:96] + amount.to_bytes(32, "big") + data[128:])}
+    return log | {"data": hx(data[: 32 * place] + value.to_bytes(32, "big") + data[32 * place + 32 :])}
 
 
 async def waits_for(world: World, reference: str, words: str) -> None:
@@ -69,7 +69,7 @@ async def test_an_event_that_the_receipts_do_not_hold_settles_nothing(database: 
         async with world.running():
             await world.caught_up()
             false, true = await world.register(1, amount=1000), await world.register(2)
-            node.lie("eth_getLogs", lambda _, logs: [amount_of(log, 1000) for log in logs], times=None)
+            node.lie("eth_getLogs", lambda _, logs: [word_of(log, 3, 1000) for log in logs], times=None)
             node.mine([issued(1)])
             await world.caught_up()
             await world.reaches(false, "confirming")
@@ -167,3 +167,50 @@ async def test_an_event_that_one_of_two_made_up_signals_nothing(database: Databa
             assert (evidence["witnesses"], evidence["confidence"]) == (2, "included")
             assert await world.trace(reference) == ["ready"]
             await world.intact()
+
+
+async def test_nothing_unmatched_is_told_on_the_word_of_one(database: Database) -> None:
+    """The leader adds an event to a range answer: its block's receipts do not hold it, so only the true one is unmatched."""
+    async with nodes_of(loyal(FakeChain()), 2) as nodes:
+        world = world_of(database, nodes, socket=False, second_look_seconds=3600.0)
+        async with world.running(unmatched_quiet_ms=0):
+            await world.caught_up()
+            await agree(world)
+
+            def add(_: Any, logs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+                made_up = [word_of(log, 4, 5) | {"logIndex": "0x1"} for log in logs]
+                return [*logs, *made_up]
+
+            nodes[0].lie("eth_getLogs", add, times=None)
+            nodes[0].mine([issued(1)], 3)
+            await world.caught_up()
+            assert await database.pool.fetchval("SELECT count(*) FROM indexer.movement WHERE canonical") == 2
+            await world.tags(safe=8, finalized=2)
+
+            async def told() -> bool:
+                world.wakeups.poke("facts")
+                return bool(await world.unmatched())
+
+            await eventually(told, 30, "the true event")
+            assert await stored(database) == truth(nodes[0].chain)
+            assert len(await world.unmatched()) == 1
+
+
+async def test_observing_counts_and_rejects_nothing(database: Database) -> None:
+    """Headers whose hash is another one than their fields make, as after a change of rules: followed, counted, never proven."""
+    async with FakeNode() as node:
+        world = World(database, node, socket=False, integrity="observe")
+        loyal(node.chain)
+        async with world.running():
+            await world.caught_up()
+            for method in ("eth_getBlockByNumber", "eth_getBlockByHash"):
+                node.lie(method, lambda _, header: header and header | {"gasUsed": "0x7"}, times=None)
+            node.lie("eth_getBlockReceipts", lambda _, receipts: receipts[:-1], times=None)
+            reference = await world.register(1)
+            node.mine([issued(1)], 2)
+            await world.caught_up()
+            await world.tags(safe=7, finalized=2)
+            assert world.total("rpc_lies_total", check="header_hash") > 0
+            await waits_for(world, reference, "cannot be verified")
+            (evidence,) = await world.evidence(reference)
+            assert "failed and only observed" in evidence["proofReason"]
