@@ -43,6 +43,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--chaos", type=float, default=1.0, help="so many times more often statements and processes die"
     )
+    parser.add_argument(
+        "--crash-at", type=int, help="die at this statement of a commit path: even numbers before it, odd ones after"
+    )
+    parser.add_argument(
+        "--crashes", type=int, default=0, help="play each seed so many times, dying one step later each time"
+    )
     parser.add_argument("--mutant", default="", help="play with this bug planted")
     parser.add_argument("--mutants", nargs="*", help="plant each (or those named) in turn: some seed must fail")
     parser.add_argument("--tries", type=int, default=12, help="seeds per mutant, after those known to catch it")
@@ -58,7 +64,7 @@ def _child(seed: int, owner: str, daemon: str, options: argparse.Namespace, pipe
     try:
         if options.mutant:
             mutants.plant(options.mutant)
-        World.chaos = options.chaos
+        World.chaos, World.crash_at = options.chaos, options.crash_at
         if options.profile:
             import cProfile
             import pstats
@@ -113,6 +119,22 @@ async def _on_a_server(
         shutil.rmtree(state, ignore_errors=True)
 
 
+KEPT = Path(__file__).with_name("regressions.txt")
+
+
+def kept() -> list[int]:
+    """Seeds that failed once: they are played first, whatever is asked for."""
+    return [int(line.split()[0]) for line in KEPT.read_text().splitlines() if line[:1].isdigit()]
+
+
+def keep(verdict: Verdict, options: argparse.Namespace) -> None:
+    """A failing seed, with what was wrong, beside those before; who mends it commits the line with the mending."""
+    plain = not (options.seed or options.crashes or options.mutant)
+    if plain and verdict.seed not in kept():
+        with KEPT.open("a") as file:
+            file.write(f"{verdict.seed}  {verdict.wrong[0].strip().splitlines()[-1][:150]}\n")
+
+
 async def _mutants(options: argparse.Namespace) -> int:
     """Whether each planted bug is noticed by some seed."""
     names = options.mutants or [each.name for each in mutants.MUTANTS]
@@ -139,19 +161,24 @@ async def _mutants(options: argparse.Namespace) -> int:
 
 
 async def _all(options: argparse.Namespace) -> int:
-    seeds = options.seed or list(range(options.first, options.first + options.seeds))
+    chosen = options.seed or [*kept(), *range(options.first, options.first + options.seeds)]
+    seeds = [
+        (seed, at) for seed in chosen for at in (range(options.crashes) if options.crashes else [options.crash_at])
+    ]
     waiting, failed, began = list(reversed(seeds)), list[Verdict](), time.monotonic()
     struck: Counter[str] = Counter()
     migrating, cpu = asyncio.Lock(), 0.0
 
-    def report(verdict: Verdict) -> None:
+    def report(verdict: Verdict, at: int | None) -> None:
         nonlocal cpu
         struck.update(verdict.struck)
         cpu += verdict.figures["cpu_seconds"]
         line = " ".join(f"{key}={value}" for key, value in verdict.figures.items())
+        line += f" crash_at={at}" if at is not None else ""
         print(f"seed {verdict.seed}: {'FAILED' if verdict.wrong else 'ok'} {verdict.trace[:12]} {line}", flush=True)
         if verdict.wrong:
             failed.append(verdict)
+            keep(verdict, options)
             for what in verdict.wrong[:12]:
                 print(f"    {what}")
         if options.trace:
@@ -159,7 +186,8 @@ async def _all(options: argparse.Namespace) -> int:
 
     async def work(play: Callable[[int, argparse.Namespace], Awaitable[Verdict]]) -> None:
         while waiting:
-            report(await play(waiting.pop(), options))
+            seed, at = waiting.pop()
+            report(await play(seed, argparse.Namespace(**{**vars(options), "crash_at": at})), at)
 
     await asyncio.gather(*(_on_a_server(migrating, work) for _ in range(min(options.jobs, len(seeds)))))
     print(f"{len(seeds)} seeds in {time.monotonic() - began:.0f} s ({cpu:.0f} s of Python), {len(failed)} failed")

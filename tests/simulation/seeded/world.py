@@ -66,6 +66,9 @@ class Verdict:
 
 
 class World:
+    crash_at: int | None = (
+        None  # die at this one of the commit paths' statements, and no other accidents at the database
+    )
     chaos = 1.0  # how many times more often than else statements are lost, refused and died over
 
     def __init__(self, loop: VirtualLoop, seed: int, url: str) -> None:
@@ -80,7 +83,7 @@ class World:
         self.processes: list[Process] = []
         self.metrics: list[Any] = []
         self.born = 0
-        self.kills = 0
+        self.kills = self.statements = 0
         self.nodes: list[FakeNode] = []
         self.receiver = Receiver(self.answer)
         self.database: Database
@@ -380,6 +383,13 @@ class World:
         if self.calm:
             return None
         rng = self.server.rng
+        if self.crash_at is not None:
+            self.statements += link.status == "T" or sql.startswith("BEGIN")
+            if self.statements != 1 + self.crash_at // 2 or self.kills:
+                return None
+            self.strike("F90 killed in a transaction")
+            self.loop.note("dies at", sql)
+            return self._dies(link, after=self.crash_at % 2 == 1)
         chance = rng.random() / self.chaos
         if sql.startswith("COMMIT"):
             if chance < 0.004:
@@ -453,7 +463,7 @@ class World:
             until = loop.now + rng.uniform(*ACTIVE)
             self.sick_receiver, self.slow_receiver = rng.choice([0.0, 0.1, 0.4]), rng.choice([0.0, 0.1])
             troubles = [self.commerce(until), self.unrest(until)]
-            if rng.random() < 0.75:
+            if rng.random() < 0.75 and self.crash_at is None:
                 troubles.append(self.misfortune(until))
             if rng.random() < 0.75:
                 troubles.append(faults.sicken(self, until))
