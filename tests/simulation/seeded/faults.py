@@ -289,7 +289,7 @@ async def sicken(world: World, until: float) -> None:
     rng = random.Random(f"nodes {world.seed}")
     several = len(world.nodes) > 1
     names = [*ALONE, *BY_HAND, *(AMONG_OTHERS if several else ())]
-    pause = rng.choice([2.0, 5.0, 12.0])
+    pause = rng.choice([2.0, 5.0, 12.0]) / world.chaos
     while world.loop.now < until:
         await asyncio.sleep(rng.expovariate(1 / pause))
         node, name = rng.choice(world.nodes), rng.choice(names)

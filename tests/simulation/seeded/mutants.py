@@ -46,20 +46,10 @@ MUTANTS: tuple[Mutant, ...] = (
         "    await conn.execute('COMMIT')\n    await conn.execute('BEGIN')\n"
         "    numbers = await store_events(",
     ), chaos=6),
-    _m("lost_commit_believed", "indexer.store.leases:Lease._fenced", (
-        'raise self.lose(f"its session ended ({type(error).__name__})") from error', "return",
-    ), chaos=6),
-    _m("epoch_forgotten", "indexer.store.leases:_FENCE", (
-        "SELECT 1 FROM indexer.lease WHERE task = $1 AND epoch = $2 AND holder = $3 FOR SHARE",
-        "SELECT 1 WHERE $1::text IS NOT NULL AND $2::bigint IS NOT NULL AND $3::uuid IS NOT NULL",
-    ), also=(
-        ("indexer.store.leases:_END_SESSIONS", "a.pid = s.pid AND", "a.pid = s.pid AND false AND"),
-        ("indexer.store.leases:Leases.acquire", "int(self.ttl * 400)", "int(self.ttl * 40000)"),
-    ), chaos=8),
     _m("receipts_unproven", "indexer.chain.steps:Gatherer._ask", (
         "return None if receipts is None else logs_of_receipts(header, receipts, count=self._count)",
         "return [log for receipt in receipts or () for log in receipt.logs or ()]",
-    )),
+    ), chaos=6),
     _m("second_fetch_forgotten", "indexer.chain.steps:Gatherer.by_headers", ("if not new:\n", "if True:\n")),
     _m("new_tokens_not_followed", "indexer.chain.position:Position.commit", (
         "self.gatherer.filter = self.gatherer.filter | step.filter", "pass",
@@ -67,9 +57,9 @@ MUTANTS: tuple[Mutant, ...] = (
     _m("ancestor_by_number", "indexer.chain.linkage:ancestor_of", (
         "if ours is not None and ours.hash == parent:", "if ours is not None:")),
     _m("safe_of_one_node", "indexer.chain.witnesses:agreed", (
-        "range(pool.quorum - 1, len(votes))", "range(0, len(votes))"), ("if len(same) >= pool.quorum:", "if True:")),
-    _m("one_node_undoes", "indexer.chain.position:Position.undone", ("if not pool.several or", "if True or")),
-    _m("second_look_blind", "indexer.chain.second_look:SecondLook._store", ("rows=found.rows", "rows=facts.only(found.rows, ())")),
+        "range(pool.quorum - 1, len(votes))", "range(0, len(votes))"), ("if len(same) >= pool.quorum:", "if True:"), chaos=4),
+    _m("one_node_undoes", "indexer.chain.position:Position.undone", ("if not pool.several or", "if True or"), chaos=6),
+    _m("second_look_blind", "indexer.chain.second_look:SecondLook._store", ("rows=found.rows", "rows=facts.only(found.rows, ())"), chaos=4),
     _m("rollback_leaves_an_event", "indexer.store.facts:_unconfirm", (_BRANCH, _BRANCH.replace("> $2", "> $2 + 1"))),
     _m("rollback_untold", "indexer.store.facts:commit_step", (
         "orphaned_blocks, orphaned_events, low, high = await", "orphaned_blocks, orphaned_events, _, _ = await")),
@@ -99,6 +89,13 @@ MUTANTS: tuple[Mutant, ...] = (
     _m("any_answer_is_taken", "indexer.signals.attempts:Reply.taken", ("return self.status is not None and 200", "return True or self.status is not None and 200")),
     _m("an_id_for_each_attempt", "indexer.signals.attempts:Sender.headers", (
         '"webhook-id": str(signal_id)', '"webhook-id": str(uuid4())')),
+    _m("epoch_forgotten", "indexer.store.leases:_FENCE", (
+        "SELECT 1 FROM indexer.lease WHERE task = $1 AND epoch = $2 AND holder = $3 FOR SHARE",
+        "SELECT 1 WHERE $1::text IS NOT NULL AND $2::bigint IS NOT NULL AND $3::uuid IS NOT NULL",
+    ), also=(
+        ("indexer.store.leases:_END_SESSIONS", "a.pid = s.pid AND", "a.pid = s.pid AND false AND"),
+        ("indexer.store.leases:Leases.acquire", "int(self.ttl * 400)", "int(self.ttl * 40000)"),
+    ), chaos=8),
 )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ BRAND = "bloom"
 FIRST_FAST = 20
 ABI = Path(__file__).parents[3] / "contracts_abi"
 EVENTS = _load_events(ABI)
+CREATED = created(1)[1][0]
 CONTRACTS = Contracts(frozenset([FACTORY]))
 
 
@@ -115,6 +116,7 @@ class Story:
         self.halted = False
         self.done = asyncio.Event()
         self.programmes = 2
+        self.tokens = {token_of(n): n for n in range(1, 60)}
         self.reorganised = 0
         self.deepest = 0
 
@@ -162,6 +164,7 @@ class Story:
     def mine(self, txs: list[Tx]) -> Block:
         number = len(self.chain.canonical)
         second = self.chain.time_ms(number) // 1000
+        txs = [tx if self._possible(tx, txs) else Tx([], tx.deadline) for tx in txs]
         kept = [
             tx if not tx.deadline or second <= tx.deadline else Tx([], tx.deadline) for tx in txs
         ]  # too late: refused
@@ -169,6 +172,17 @@ class Story:
         self.txs[block.hash] = kept
         self._learn(block)
         return block
+
+    def _possible(self, tx: Tx, beside: list[Tx]) -> bool:
+        """A token that was not made yet, on this branch, can do nothing."""
+        speakers = {log[0] for log in _logs_of(tx)} & self.tokens.keys()
+        if not speakers:
+            return True
+        made = [log for other in beside for log in _logs_of(other)]
+        for number in self.chain.loud:
+            made += self.chain.canonical[number].entries
+        there = {(log[0], log[1][0], log[1][-1]) for log in made if log[1]}
+        return all((FACTORY, CREATED, loyalty_id(self.tokens[token])) in there for token in speakers)
 
     def _learn(self, block: Block) -> None:
         """The movements of a block, as the chain itself tells them."""
@@ -333,6 +347,10 @@ class Story:
         if settled:
             return {"incomplete"} if dead else {"reverted"} if operation.receipts else {"confirming"}
         return {"expired"} if dead else {"reverted"} if operation.receipts else {"pending"}
+
+
+def _logs_of(tx: Tx) -> list[Any]:
+    return list(tx.spec) if isinstance(tx.spec, list) else [tx.spec]
 
 
 def blocks_later(story: Story) -> list[Tx]:

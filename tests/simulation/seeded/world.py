@@ -69,7 +69,7 @@ class World:
     crash_at: int | None = (
         None  # die at this one of the commit paths' statements, and no other accidents at the database
     )
-    chaos = 1.0  # how many times more often than else statements are lost, refused and died over
+    chaos = 1.0  # how many times more often than else statements are lost, refused and died over, and nodes fall ill
 
     def __init__(self, loop: VirtualLoop, seed: int, url: str) -> None:
         self.loop, self.seed, self.url = loop, seed, url
