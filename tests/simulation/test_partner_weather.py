@@ -340,7 +340,8 @@ async def test_whatever_the_partners_do_only_what_stands_is_ready(
         await eventually(here.settled, PATIENCE, what="the first settlement")
         await _quiet(here)
         calm = here.counters()
-        weather = {name for _, wanted in FAULTS.values() for names in wanted for name in names}
+        # a machine under load is slow by itself: what the wire does (F110) proves nothing here
+        weather = {name for code, (_, wanted) in FAULTS.items() if code != "F110" for names in wanted for name in names}
         assert weather & calm.keys() <= {"changed", "page_drift"}, "records go on, and rows come while pages are read"
 
         for chances, wanted in FAULTS.values():
