@@ -326,7 +326,7 @@ async def test_no_error_shows_the_key_in_the_url() -> None:
 
     async with FakeNode() as node:
         url = f"http://SECRETUSER:SECRETWORD@127.0.0.1:{node.port}/v2/SECRETPATH?apikey=SECRETQUERY"
-        async with Rpc(url, timeout=0.3) as rpc:
+        async with Rpc(url, timeout=2) as rpc:
             errors = await every_way_to_fail(node, rpc)
             await node.stop()
             with pytest.raises(RpcError) as caught:
@@ -429,7 +429,7 @@ async def test_a_rate_limit_in_a_batch_is_one_of_the_whole_batch() -> None:
         node.heal()
         started = time.monotonic()  # fifty refusals in one answer are one refusal
         assert await rpc.chain_id() == 84532
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 10
 
 
 async def test_the_pace_counts_the_items_of_a_batch() -> None:
@@ -437,19 +437,19 @@ async def test_the_pace_counts_the_items_of_a_batch() -> None:
         started = time.monotonic()
         await rpc.headers([0] * 20)
         await rpc.headers([0] * 8)
-        assert 0.3 < time.monotonic() - started < 5
+        assert 0.3 < time.monotonic() - started < 30
 
 
 async def test_a_range_is_read_at_the_pace_that_the_node_lets_through() -> None:
-    async with FakeNode(max_rate=60, max_span=2) as node, Rpc(node.url) as rpc:
-        fill(node, 300)
+    async with FakeNode(max_rate=30, max_span=2) as node, Rpc(node.url) as rpc:
+        fill(node, 150)
         started = time.monotonic()
-        logs = await rpc.logs_adaptive([FACTORY], 0, 300)
-        assert len(logs) == 300  # without an error: what the node refused was asked again, slower
+        logs = await rpc.logs_adaptive([FACTORY], 0, 150)
+        assert len(logs) == 150  # without an error: what the node refused was asked again, slower
         assert 1 <= node.limited <= 4
-        assert time.monotonic() - started < 10
-        await rpc.headers(range(60))
-        assert max(node.batches) < 60  # a batch of more than it takes in a second would be refused for ever
+        assert time.monotonic() - started < 60
+        await rpc.headers(range(30))
+        assert max(node.batches) < 30  # a batch of more than it takes in a second would be refused for ever
 
 
 async def test_a_pace_below_one_a_second_is_possible() -> None:
