@@ -68,8 +68,8 @@ async def attest(task: Task) -> None:
     while True:
         conn = task.lease.connection
         open_ones = await attestations.due(conn, task.chain.chain_id, AT_ONCE)
-        for found in open_ones:
-            await attester.look(found)
+        if open_ones:
+            await attester.look(open_ones)
         if not open_ones:
             pause = await attestations.seconds_to_next(conn, task.chain.chain_id)
             await task.wakeups.wait("asked", IDLE if pause is None else min(IDLE, pause))
@@ -80,17 +80,31 @@ class _Attester:
         self._task, self._source, self._pool = task, task.source, task.source.pool
         self._budget = Budget(task.chain.verify_calls_per_second)
 
-    async def look(self, found: Open) -> None:
-        """One look at one block, stored with what it puts right."""
-        task, (chain_id, number, block_hash) = self._task, found.block
-        state = await chains.load_chain(task.lease.connection, chain_id)
+    async def look(self, open_ones: Sequence[Open]) -> None:
+        """One look at each of these blocks, all at once."""
+        state = await chains.load_chain(self._task.lease.connection, self._task.chain.chain_id)
         schedule = None if state is None else state.schedule
         if state is not None:
             self._pool.genesis = state.genesis_hash or self._pool.genesis
-        seen = await self._witnesses(found)
-        proven = Proven(None, None) if found.proof is None else Proven(_known(found.proof), None)
-        if found.proof is None and task.chain.proof != "off":
-            proven = await self._prove(Hash32(block_hash), schedule)
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(self._ask(found, schedule)) for found in open_ones]
+        for found, answer in zip(open_ones, asked, strict=True):
+            await self._store(found, *answer.result(), schedule)
+
+    async def _ask(self, found: Open, schedule: Schedule | None) -> tuple[list[str], Proven]:
+        """The endpoints' part."""
+        if found.proof is not None:
+            return await self._witnesses(found), Proven(_known(found.proof), None)
+        if self._task.chain.proof == "off":
+            return await self._witnesses(found), Proven(None, None)
+        async with asyncio.TaskGroup() as group:  # neither waits for the other: a signal may wait for both
+            seen = group.create_task(self._witnesses(found))
+            proven = group.create_task(self._prove(Hash32(found.block[2]), schedule))
+        return seen.result(), proven.result()
+
+    async def _store(self, found: Open, seen: list[str], proven: Proven, schedule: Schedule | None) -> None:
+        """What they said, with what it puts right."""
+        task, (chain_id, number, _) = self._task, found.block
         enough = self._pool.quorum == 1 or len(seen) >= self._pool.quorum
         settled = enough and (proven.proof is not None or task.chain.proof == "off")
         repair = await self._differences(proven, schedule)

@@ -145,6 +145,7 @@ class Position:
             await position._take_in()
         if metrics is not None:
             metrics.latched.labels(chain.name).set(0)
+            metrics.witnesses.labels(chain.name).set(1)  # with several endpoints, their looks say how many agree
         return position
 
     async def _begin(self) -> None:

@@ -194,7 +194,7 @@ class Chain(Section):
         default=None, description="Base URL of a block explorer, for explorerUrl in signals (https://basescan.org)."
     )
     verify_calls_per_second: Rate = Field(
-        default=5.0, description="Budget of witnesses and proofs, and of the second look and repairs."
+        default=10.0, description="Budget of witnesses and proofs, and of the second look and repairs."
     )
     poll_seconds: Seconds = Field(default=1.0, description="Pause between batches while polling.")
     tags_seconds: Seconds = Field(default=5.0, description="Pause between looks at safe and finalized.")

@@ -93,7 +93,7 @@ async def record(
         WITH before AS (
             SELECT witnesses, proof FROM indexer.attestation WHERE chain_id = $1 AND number = $2 AND hash = $3 FOR UPDATE)
         UPDATE indexer.attestation AS a
-        SET witnesses = $4, proof = $5, reason = $6, attempts = a.attempts + 1,
+        SET witnesses = $4, proof = $5, reason = coalesce($6, CASE WHEN a.proof IS NOT DISTINCT FROM $5 THEN a.reason END), attempts = a.attempts + 1,
             next_at = CASE WHEN $7 THEN NULL ELSE clock_timestamp() + make_interval(secs => $8) END
         FROM before WHERE a.chain_id = $1 AND a.number = $2 AND a.hash = $3
         RETURNING before.witnesses IS DISTINCT FROM a.witnesses OR before.proof IS DISTINCT FROM a.proof

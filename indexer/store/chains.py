@@ -402,7 +402,10 @@ _RAISE_TAG = {
 async def set_demands(conn: Connection, chain_id: int, quorum: int, proof: str) -> None:
     """How many endpoints must agree, and what must be proven, before anything is signalled for the chain."""
     await conn.execute(
-        "UPDATE indexer.chain SET quorum = $2, proof = $3 WHERE chain_id = $1 AND (quorum, proof) <> ($2, $3)",
+        """
+        UPDATE indexer.chain SET quorum = $2, proof = $3, endpoints = NULL, agreed_number = NULL, agreed_at = NULL
+        WHERE chain_id = $1 AND (quorum, proof) <> ($2, $3)
+        """,
         chain_id,
         quorum,
         proof,
