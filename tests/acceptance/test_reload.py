@@ -130,7 +130,7 @@ async def test_a_reload_changes_what_may_change_and_refuses_the_rest(
 
             # what did not change was not disturbed; what did was, once
             after = await _epochs(database)
-            chain = {f"follow:{ledger.anvil.chain_id}", f"history:{ledger.anvil.chain_id}"}
+            chain = {f"{task}:{ledger.anvil.chain_id}" for task in ("follow", "history", "verify")}
             assert {task for task in after if after[task] != before[task]} == {"settle", *chain}
             assert not daemon.said("task failed")
             asked = endpoint.asked
