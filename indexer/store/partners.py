@@ -138,12 +138,17 @@ async def store_records(conn: Connection, account: Account, records: Sequence[Re
             ids,
         )
     }
+    found = [transfer for record in records for transfer in record.transfers]
     others = {
         row[0]
         for row in await conn.fetch(
-            f"SELECT id FROM indexer.partner_transfer t WHERE id = ANY ($1::uuid[]) AND brand <> $2 AND NOT ({_FREE})",  # noqa: S608
-            [transfer.id for record in records for transfer in record.transfers],
+            f"""
+            SELECT t.id FROM unnest($1::uuid[], $3::numeric[]) AS new (id, amount) JOIN indexer.partner_transfer t ON t.id = new.id
+            WHERE t.brand <> $2 AND NOT ({_free("$2::text", "new.amount")})
+            """,  # noqa: S608 - partner_transfer_pk
+            [transfer.id for transfer in found],
             account.brand,
+            [transfer.amount for transfer in found],
         )
     }
     rows: list[tuple[Any, ...]] = []
@@ -246,16 +251,23 @@ async def _store_versions(conn: Connection, account: Account, records: Sequence[
             stored.changed += 1
 
 
-# Evidence of another brand that may become one's own: gone there, or nobody's account any more, and nothing stands on it
-# (partner_account_pk, claim_evidence_id_key).
-_FREE = """
-    (t.withdrawn_at IS NOT NULL OR NOT EXISTS (SELECT FROM indexer.partner_account a
-        WHERE a.brand = t.brand AND a.partner = t.partner AND a.active))
-    AND NOT EXISTS (SELECT FROM indexer.claim c WHERE c.evidence_id = t.id)
-"""
+def _free(brand: str, amount: str) -> str:
+    """Whether a brand may have evidence that another brand's account has shown: nothing stands on it, and it is gone there, or
+    nobody's account any more, or a leg of its own waits for such a one (claim_evidence_id_key, partner_account_pk, leg_partner_idx).
+    """
+    states = ", ".join(f"'{state}'" for state in OPEN)
+    return f"""
+        NOT EXISTS (SELECT FROM indexer.claim c WHERE c.evidence_id = t.id)
+        AND (t.withdrawn_at IS NOT NULL OR NOT EXISTS (
+                SELECT FROM indexer.partner_account a WHERE a.brand = t.brand AND a.partner = t.partner AND a.active)
+            OR EXISTS (
+                SELECT FROM indexer.leg l JOIN indexer.operation o ON o.id = l.operation_id
+                WHERE l.wallet_id = t.wallet AND l.amount = {amount} AND l.kind = t.kind AND o.brand = {brand} AND o.state IN ({states})))
+    """  # noqa: S608 - words of ours
+
 
 # A time that the record did not have before is taken over, and ends `undated`; one that was known is not forgotten. What another
-# brand's account has shown is that brand's, until it is gone there.
+# brand's account has shown is that brand's, unless it is free.
 _UPSERT = f"""
 INSERT INTO indexer.partner_transfer AS t (id, brand, partner, kind, record_id, wallet, token, amount, amount_text, time_ms, after_ms,
     undated, status, network, chain_id, tx_hash, tx_hashes, block_number, settled_at, transfers)
@@ -268,7 +280,7 @@ ON CONFLICT (id) DO UPDATE SET brand = excluded.brand, token = excluded.token, a
     transfers = excluded.transfers,
     seen_at = clock_timestamp(), settled_at = CASE WHEN $19 THEN t.settled_at ELSE excluded.settled_at END, withdrawn_at = NULL,
     unmatched_look_at = CASE WHEN $19 THEN t.unmatched_look_at ELSE clock_timestamp() END
-WHERE t.brand = excluded.brand OR ({_FREE})
+WHERE t.brand = excluded.brand OR ({_free("excluded.brand", "excluded.amount")})
 """  # noqa: S608
 
 

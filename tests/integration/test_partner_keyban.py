@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -230,6 +231,26 @@ async def test_what_two_brands_can_read_is_evidence_for_one(database: Database) 
             await poller.look(wallet)
         assert await desk.transfers() == [before]
         assert desk.oddities()["foreign"] == 1, "told once"
+
+        # a leg that waits for it may have it, whoever read it first; until a leg stands on it
+        leg = mint(account.wallet, 10)
+        request = {"brand": "rose", "reference": "r", "legs": [leg]}
+        operation = await database.pool.fetchval("SELECT loyalty.register_operation($1)", request)
+        await poller.look(wallet)
+        assert [t["brand"] for t in await desk.transfers()] == ["rose"]
+        await database.pool.execute(
+            "INSERT INTO indexer.claim (operation_id, leg, evidence_id, basis) VALUES ($1, 0, $2, 'wallet_amount')",
+            UUID(operation["id"]),
+            before["id"],
+        )
+        desk.desk.account = Account(BRAND, "keyban")
+        await desk.keyban().look(await desk.wallet(account.wallet))
+        assert [t["brand"] for t in await desk.transfers()] == ["rose"]
+        await database.pool.execute("DELETE FROM indexer.claim")
+        await desk.keyban().look(await desk.wallet(account.wallet))
+        assert [t["brand"] for t in await desk.transfers()] == [BRAND]
+        await database.pool.execute("UPDATE indexer.operation SET state = 'cancelled'")
+        desk.desk.account = rose
 
         # once it is gone from the first brand's account, and nothing stands on it, it may be the second's
         await database.pool.execute("UPDATE indexer.partner_transfer SET withdrawn_at = now()")
