@@ -385,7 +385,7 @@ def test_a_useless_url_is_refused_without_being_shown(url: str) -> None:
 
 
 async def test_a_rate_limit_under_status_200_is_a_rate_limit() -> None:
-    async with FakeNode() as node, Rpc(node.url, timeout=0.4) as rpc:
+    async with FakeNode() as node, Rpc(node.url, timeout=0.8) as rpc:
         node.fail("eth_chainId", -32016, "over rate limit")
         with raises(RateLimited):
             await rpc.chain_id()
@@ -471,7 +471,7 @@ async def test_every_request_is_observed() -> None:
         assert seconds >= 0
         seen.append((endpoint, method, outcome))
 
-    async with FakeNode() as node, Rpc(node.url, name="mine", observe=observe, timeout=0.3) as rpc:
+    async with FakeNode() as node, Rpc(node.url, name="mine", observe=observe, timeout=2) as rpc:
         await rpc.chain_id()
         await rpc.headers([0, 0])
         node.hang("eth_chainId")
@@ -567,7 +567,7 @@ async def test_one_item_in_error_is_that_item_s_error() -> None:
 
 
 async def test_an_unreachable_node_is_not_asked_item_by_item() -> None:
-    async with FakeNode() as node, Rpc(node.url, timeout=0.3) as rpc:
+    async with FakeNode() as node, Rpc(node.url, timeout=1) as rpc:
         node.hang("*", times=None)
         with raises(Unreachable):
             await rpc.headers(range(50))
