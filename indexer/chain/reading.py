@@ -21,8 +21,8 @@ from indexer.chain.rpc import Rpc
 from indexer.chain.wire import Log, RawHeader, RawLog
 from indexer.config import Chain
 from indexer.model.types import BlockRef, Header, Schedule, hex0x
-from indexer.store import chains, coverage
-from indexer.store.coverage import Verdict
+from indexer.store import chains
+from indexer.store.coverage import Readers, Verdict
 from indexer.store.leases import Lease
 from indexer.store.wakeups import Wakeups
 from indexer.telemetry import Metrics
@@ -56,16 +56,20 @@ class Task:
         return replace(self, source=source)
 
 
-async def second_reader(task: Task, low: int, high: int) -> tuple[Task | None, Verdict]:
+def second_readers(task: Task, first: Readers) -> tuple[list[Task], Verdict]:
     """The same task, asked of an endpoint that these blocks were not first read from, and what its reading is worth.
 
-    Where there is no other: of the same, later. None where several witnesses are needed and no other can be asked now.
+    Where nobody knows who read them first, or everybody did, of two endpoints one after the other. Where there is only one, of it
+    once more, later; of none where several witnesses are needed and no other can be asked now.
     """
-    names, known = await coverage.readers(task.lease.connection, task.chain.chain_id, low, high)
-    for node in (task.source.lead, *task.source.others):
-        if node.name not in names and (node is task.source.lead or task.source.pool.live(node)):
-            return task.of(task.source.fixed(node)), "second_endpoint" if known else "second_look"
-    return (task if task.source.pool.quorum == 1 else None), "second_look"
+    source = task.source
+    nodes = [source.lead, *(node for node in source.others if source.pool.live(node))]
+    fresh = [node for node in nodes if node.name not in first.endpoints]
+    if first.endpoints and fresh:
+        return [task.of(source.fixed(fresh[0]))], "second_endpoint"
+    if len(nodes) > 1:
+        return [task.of(source.fixed(node)) for node in nodes[:2]], "second_endpoint"
+    return ([task] if source.pool.quorum == 1 else []), "second_look"
 
 
 class Ranges:

@@ -19,11 +19,11 @@ from indexer.chain.decode import Speakers
 from indexer.chain.integrity import Lie
 from indexer.chain.linkage import Unsettled
 from indexer.chain.position import load_speakers
-from indexer.chain.reading import Ranges, Task, second_reader
+from indexer.chain.reading import Ranges, Task, second_readers
 from indexer.chain.rpc_errors import RpcError
 from indexer.chain.wire import Log
 from indexer.store import chains, coverage, facts, rereads, stored
-from indexer.store.coverage import HEAD_LANE, Covered, Span
+from indexer.store.coverage import HEAD_LANE, Covered, Readers, Span
 from indexer.store.rereads import Reread
 
 log = structlog.get_logger(__name__)
@@ -124,8 +124,11 @@ class Rereading:
         self, ranges: Ranges, speakers: Speakers, low: int, high: int, asked: frozenset[bytes], was_read: WasRead
     ) -> Findings:
         """What another endpoint than the first reading's shows; the one at hand, where none can be asked."""
-        task, _ = await second_reader(self._task, low, high)
-        if task is not None and task.source.lead is not self._task.source.lead:
+        runs = await coverage.readers(self._lease.connection, self._chain_id, low, high)
+        first = Readers(low, high, frozenset().union(*(run.endpoints for run in runs)))
+        tasks, _ = second_readers(self._task, first)
+        others = [task for task in tasks if task.source.lead is not self._task.source.lead]
+        for task in others[:1]:
             try:
                 other = await Ranges.open(task)
                 assert other is not None, "something is finalized"

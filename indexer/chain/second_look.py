@@ -18,10 +18,10 @@ from indexer.chain.decode import Speakers
 from indexer.chain.integrity import Lie
 from indexer.chain.linkage import Unsettled
 from indexer.chain.position import load_speakers
-from indexer.chain.reading import Ranges, Task, second_reader
+from indexer.chain.reading import Ranges, Task, second_readers
 from indexer.chain.rpc_errors import RpcError
 from indexer.store import chains, coverage, facts
-from indexer.store.coverage import HEAD_LANE, Covered, Span, Verdict
+from indexer.store.coverage import HEAD_LANE, Covered, Readers, Span, Verdict
 
 log = structlog.get_logger(__name__)
 
@@ -72,18 +72,30 @@ class SecondLook:
             asked = set(window.emitters) - {HEAD_LANE}
             if HEAD_LANE in window.emitters:
                 asked |= {e.address for e in emitters if e.followed_from is not None and e.followed_from <= window.high}
-            task, verdict = await second_reader(self._task, window.low, window.high)
-            if task is None:
-                continue  # owed still: the next plan has it again
-            found = await self._read(task, window, frozenset(asked), was_read, speakers)
+            runs = await coverage.readers(self._lease.connection, self._chain.chain_id, window.low, window.high)
+            for run in runs:
+                part = Window(run.low, run.high, window.emitters)
+                differences += await self._part(part, run, frozenset(asked), was_read, speakers)
+        self._plan = plan
+        return differences
+
+    async def _part(
+        self, window: Window, first: Readers, asked: frozenset[bytes], was_read: WasRead, speakers: Speakers
+    ) -> int:
+        """Blocks that were first read from the same endpoints: another one is asked; the number of differences. What could not be
+        had stays owed: the next plan has it again."""
+        tasks, verdict = second_readers(self._task, first)
+        differences, settled = 0, True
+        for place, task in enumerate(tasks):
+            found = await self._read(task, window, asked, was_read, speakers)
             if found is None:
-                continue
-            await self._store(task, window, found, verdict)
+                break
+            settled = settled and found.settled
+            await self._store(task, window, found, verdict if settled and place == len(tasks) - 1 else None)
             for token in found.tokens:
                 speakers.learn(token)
             differences += len(found.differences)
             await asyncio.sleep(1 / self._chain.verify_calls_per_second)
-        self._plan = plan
         return differences
 
     async def _read(
@@ -105,8 +117,8 @@ class SecondLook:
             )
             return None
 
-    async def _store(self, task: Task, window: Window, found: Findings, verdict: Verdict) -> None:
-        covered = [Covered(e, window.low, window.high, verdict) for e in window.emitters] if found.settled else []
+    async def _store(self, task: Task, window: Window, found: Findings, verdict: Verdict | None) -> None:
+        covered = [Covered(e, window.low, window.high, verdict) for e in window.emitters] if verdict is not None else []
         async with self._lease.transaction() as conn:
             await facts.commit_range(
                 conn,
@@ -115,8 +127,6 @@ class SecondLook:
                 covered=covered,
                 withdraw=found.withdraw,
                 repair=True,
-                # who read it first is not known: from now on it is whoever has read it now
-                read_from=task.rpc.name if verdict == "second_look" and task.source.pool.several else None,
             )
         if found.differences or found.readable:
             self._task.wakeups.poke("facts")

@@ -106,20 +106,32 @@ async def note_reader(conn: asyncpg.Connection, chain_id: int, endpoint: str, lo
     )
 
 
-async def readers(conn: asyncpg.Connection, chain_id: int, low: int, high: int) -> tuple[frozenset[str], bool]:
-    """The endpoints that any of these blocks was first read from, and whether that is known of each of them."""
-    row = await conn.fetchrow(
+@dataclass(frozen=True, slots=True)
+class Readers:
+    """Blocks `low` to `high`, all first read from the same endpoints: none is known where the set is empty."""
+
+    low: int
+    high: int
+    endpoints: frozenset[str]
+
+
+async def readers(conn: asyncpg.Connection, chain_id: int, low: int, high: int) -> list[Readers]:
+    """Which endpoints these blocks were first read from, in runs of blocks, lowest first (first_reading_pk)."""
+    rows = await conn.fetch(
         """
-        SELECT coalesce(array_agg(endpoint) FILTER (WHERE blocks && int8range($2, $3, '[]')), '{}') AS endpoints,
-               coalesce(range_agg(blocks) @> int8range($2, $3, '[]'), false) AS known
-        FROM indexer.first_reading WHERE chain_id = $1
+        SELECT endpoint, blocks * int8multirange(int8range($2, $3, '[]')) AS blocks FROM indexer.first_reading
+        WHERE chain_id = $1 AND blocks && int8range($2, $3, '[]')
         """,
         chain_id,
         low,
         high,
     )
-    assert row is not None
-    return frozenset(row["endpoints"]), row["known"]
+    spans = [(row["endpoint"], span) for row in rows for span in _spans(row["blocks"])]
+    cuts = sorted({low, *(span.low for _, span in spans), *(span.high + 1 for _, span in spans if span.high < high)})
+    return [
+        Readers(start, end, frozenset(endpoint for endpoint, span in spans if span.low <= start <= span.high))
+        for start, end in zip(cuts, [*(cut - 1 for cut in cuts[1:]), high], strict=True)
+    ]
 
 
 async def doubt(conn: asyncpg.Connection, chain_id: int, emitters: Sequence[bytes], low: int, high: int) -> None:

@@ -152,3 +152,18 @@ async def test_what_is_doubted_is_unverified_again_and_what_was_never_read_stays
     await coverage.cover(conn, CHAIN, [Covered(A, 0, 29, "second_look"), Covered(HEAD_LANE, 30, 50, "second_look")])
     assert await coverage.unverified(conn, CHAIN, 50) in ({}, {A: [], HEAD_LANE: []})
     assert await coverage.covered_until(conn, CHAIN, [A], 5) == 50
+
+
+async def test_readers_come_in_runs_of_blocks(conn: asyncpg.Connection) -> None:
+    """A second look asks whoever did not read the blocks first: where endpoints took turns, run by run."""
+    for endpoint, low, high in (("one", 0, 9), ("two", 10, 19), ("one", 15, 24), ("two", 40, 49)):
+        await coverage.note_reader(conn, CHAIN, endpoint, low, high)
+    runs = [(r.low, r.high, sorted(r.endpoints)) for r in await coverage.readers(conn, CHAIN, 5, 45)]
+    assert runs == [
+        (5, 9, ["one"]), (10, 14, ["two"]), (15, 19, ["one", "two"]), (20, 24, ["one"]), (25, 39, []), (40, 45, ["two"])
+    ]  # fmt: skip
+    await coverage.forget_above(conn, CHAIN, 17)
+    assert [(r.low, r.high, sorted(r.endpoints)) for r in await coverage.readers(conn, CHAIN, 15, 30)] == [
+        (15, 17, ["one", "two"]),
+        (18, 30, []),
+    ]
