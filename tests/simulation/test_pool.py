@@ -158,8 +158,8 @@ async def test_two_that_disagree_stop_signals_and_undo_nothing(database: Databas
             ours.mine(blocks=3)
             await world.caught_up()
             await agree(world)
-            await world.intact()
             await world.reaches(ready, "reverted")
+            await world.intact()
             assert await world.trace(ready) == ["ready", "reverted"]
 
 
@@ -177,8 +177,8 @@ async def test_a_reorganisation_that_both_show_is_followed(database: Database, s
                 nodes[0].reorganise(depth, [[issued(50 + depth)]] * (depth + 1))
                 nodes[0].mine()
             await world.caught_up()
-            await world.intact()
             await world.reaches(reference, "reverted")
+            await world.intact()
             assert await world.trace(reference) == ["ready", "reverted"]
 
 
