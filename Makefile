@@ -29,7 +29,7 @@ simulate: $(VENV)/.installed
 
 # Planted bugs: some seed must notice each.
 simulate-mutants: $(VENV)/.installed
-	$(BIN)/python -m tests.simulation.seeded --mutants $(MUTANTS) $(SIMULATE_ARGS)
+	$(BIN)/python -m tests.simulation.seeded $(SIMULATE_ARGS) --mutants $(MUTANTS)
 
 # Python 3.11, 3.12, 3.13 against PostgreSQL 15 to 18: interpreters that are missing are named, not silently skipped.
 test-matrix:

@@ -23,3 +23,13 @@ def test_seeds_end_as_the_truth_says_and_twice_in_the_same_way() -> None:
     played = play("--seed", "3", "--seed", "4", "--seed", "3")
     assert [(seed, word) for seed, word, _ in played] == [(3, "ok"), (4, "ok"), (3, "ok")]
     assert played[0][2] == played[2][2] != played[1][2]
+
+
+def test_planted_bugs_are_noticed() -> None:
+    """Those of make simulate-mutants that take one seed each."""
+    arguments = ["--mutants", "cursor_apart_from_facts", "second_fetch_forgotten", "numbers_with_gaps", "--tries", "1"]
+    command = [sys.executable, "-m", "tests.simulation.seeded", "--jobs", "1", *arguments]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0 and done.stdout.count("caught by seed 1") == 3, (
+        done.stdout[-3000:] + done.stderr[-2000:]
+    )

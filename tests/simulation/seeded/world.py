@@ -69,6 +69,7 @@ class World:
     crash_at: int | None = (
         None  # die at this one of the commit paths' statements, and no other accidents at the database
     )
+    quiet = QUIET
     chaos = 1.0  # how many times more often than else statements are lost, refused and died over, and nodes fall ill
 
     def __init__(self, loop: VirtualLoop, seed: int, url: str) -> None:
@@ -386,6 +387,8 @@ class World:
         if self.crash_at is not None:
             self.statements += link.status == "T" or sql.startswith("BEGIN")
             if self.statements != 1 + self.crash_at // 2 or self.kills:
+                if link.status == "T":
+                    self.loop.note("statement", 2 * (self.statements - 1), sql.strip()[:40])
                 return None
             self.strike("F90 killed in a transaction")
             self.loop.note("dies at", sql)
@@ -496,7 +499,7 @@ class World:
         deadline = max((int(leg["deadline"]) for each in story.operations for leg in each.legs), default=0)
         await asyncio.sleep(max(0.0, deadline + 2 - self.loop.wall))
         began, wrong = self.loop.now, ["never judged"]
-        while wrong and self.loop.now < began + QUIET:
+        while wrong and self.loop.now < began + self.quiet:
             # blocks in bursts, so that endpoints stay alive and seeds cheap; all of them final
             story.halted = False
             await asyncio.sleep(0.5)
