@@ -14,6 +14,7 @@ import structlog
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 LOG_SECONDS = 10.0  # between log lines of a backfill where there is no terminal
 
@@ -30,17 +31,30 @@ def answer(document: Any, as_json: bool, text: Callable[[Any], str | Table]) -> 
         return
     made = text(document)
     console = Console(soft_wrap=not isinstance(made, Table), highlight=False)
-    console.print(made, markup=False) if isinstance(made, str) else console.print(made)
+    console.print(_shown(made) if isinstance(made, str) else made)
 
 
 def warn(message: str) -> None:
-    sys.stderr.write(f"warning: {message}\n")
+    sys.stderr.write(f"warning: {_shown(message)}\n")
 
 
 def complain(message: str, detail: Any = None) -> None:
-    sys.stderr.write(f"indexer: {message}\n")
+    sys.stderr.write(f"indexer: {_shown(message)}\n")
     if detail:
         sys.stderr.write(json.dumps(detail, ensure_ascii=False) + "\n")
+
+
+def _shown(words: str) -> Text:
+    """Other people's words as they stand: references, programmes' names and partners' texts are a stranger's, so no bracket in
+    them is markup, and no control character reaches the terminal.
+    """
+    return Text(
+        "".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in words)
+    )
+
+
+def _add(table: Table, *cells: str) -> None:
+    table.add_row(*map(_shown, cells))
 
 
 def _table(*columns: str) -> Table:
@@ -53,8 +67,8 @@ def _table(*columns: str) -> Table:
 def operations_text(page: dict[str, Any]) -> Table:
     table = _table("id", "brand", "reference", "status", "generation", "registered")
     for row in page["data"]:
-        table.add_row(
-            row["id"], row["brand"], row["reference"], row["status"], str(row["generation"]), row["registeredAt"]
+        _add(
+            table, row["id"], row["brand"], row["reference"], row["status"], str(row["generation"]), row["registeredAt"]
         )
     if page.get("nextCursor"):
         table.caption = f"more: --cursor {page['nextCursor']}"
@@ -97,7 +111,8 @@ def operation_text(row: dict[str, Any]) -> str:
 def tokens_text(document: dict[str, Any]) -> Table:
     table = _table("id", "name", "brand", "scopes", "created", "revoked")
     for row in document["data"]:
-        table.add_row(
+        _add(
+            table,
             row["id"],
             row["name"],
             row["brand"] or "every",
@@ -166,14 +181,15 @@ def signal_text(row: dict[str, Any]) -> str:
 def sql_users_text(document: dict[str, Any]) -> Table:
     table = _table("name", "brand", "created")
     for row in document["data"]:
-        table.add_row(row["name"], row["brand"] or "every, to read", row["createdAt"] or "")
+        _add(table, row["name"], row["brand"] or "every, to read", row["createdAt"] or "")
     return table
 
 
 def balances_text(document: dict[str, Any]) -> Table:
     table = _table("chain", "programme", "issuer", "expires", "balance", "source", "history")
     for row in document["data"]:
-        table.add_row(
+        _add(
+            table,
             row["chainId"],
             f"{row['name']} ({row['symbol']})",
             row["issuer"],
@@ -184,7 +200,7 @@ def balances_text(document: dict[str, Any]) -> Table:
         )
     for row in document["partners"]:
         shown = row["balance"] if row["balance"] is not None else f"unknown: {row['problem']}"
-        table.add_row(row["partner"], row["token"] or "", row["brand"], "", shown, row["source"], row["problem"] or "")
+        _add(table, row["partner"], row["token"] or "", row["brand"], "", shown, row["source"], row["problem"] or "")
     return table
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
+from indexer import terminal
 from indexer.terminal import latch_text
 
 
@@ -16,3 +21,19 @@ def test_a_finality_violation_is_shown_with_both_sides_and_who_shows_each() -> N
     ]
     alone = latch_text({"ours": {**ours, "endpoints": []}, "theirs": theirs, "at": ""})
     assert "block 12 0xaa, shown by no endpoint that was asked" in alone
+
+
+def test_no_brand_or_issuer_paints_on_the_operators_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    reference = "[/bold] [red]order[/red] \u202e7"
+    operation = {"id": "1", "brand": "bloom", "reference": reference, "status": "pending", "registeredAt": "now"}
+    page: dict[str, Any] = {"data": [{**operation, "generation": 0}]}
+    terminal.answer(page, False, terminal.operations_text)
+    assert "[/bold] [red]order[/red] \\u202e7" in capsys.readouterr().out
+    programme = {"chainId": "1", "issuer": "0x", "expiresAt": "0", "balance": "5", "source": "loyfin"}
+    named = {**programme, "name": "\x1b]0;owned\x07[b]", "symbol": "\x9b2J", "historyComplete": True}
+    terminal.answer({"data": [named], "partners": []}, False, terminal.balances_text)
+    assert "\\x1b]0;owned\\x07[b] (\\x9b2J)" in capsys.readouterr().out
+    terminal.answer(None, False, lambda _: "two\nlines of a partner: \x1b[2J[/b]")
+    assert capsys.readouterr().out == "two\nlines of a partner: \\x1b[2J[/b]\n"
+    terminal.complain("no operation '\x1b[2J'")
+    assert capsys.readouterr().err == "indexer: no operation '\\x1b[2J'\n"
