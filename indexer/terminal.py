@@ -11,11 +11,12 @@ from typing import Any
 
 import msgspec
 import structlog
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+WIDE = 2000  # columns where nobody looks: a folded id can neither be searched for nor copied
 LOG_SECONDS = 10.0  # between log lines of a backfill where there is no terminal
 
 # Numbers as they came, whatever has no JSON of its own as text.
@@ -24,14 +25,14 @@ _JSON = msgspec.json.Encoder(enc_hook=str, decimal_format="number")
 log = structlog.get_logger(__name__)
 
 
-def answer(document: Any, as_json: bool, text: Callable[[Any], str | Table]) -> None:
-    """Prints the document as JSON, or what `text` makes of it."""
+def answer(document: Any, as_json: bool, text: Callable[[Any], str | RenderableType]) -> None:
+    """Prints the document as JSON, or what `text` makes of it: as wide as it wants to be where no terminal sets a width."""
     if as_json:
         sys.stdout.write(_JSON.encode(document).decode() + "\n")
         return
     made = text(document)
-    console = Console(soft_wrap=not isinstance(made, Table), highlight=False)
-    console.print(_shown(made) if isinstance(made, str) else made)
+    console = Console(soft_wrap=isinstance(made, str), highlight=False, width=None if sys.stdout.isatty() else WIDE)
+    console.print(_shown(made) if isinstance(made, str) else made, crop=False)
 
 
 def warn(message: str) -> None:
@@ -60,18 +61,18 @@ def _add(table: Table, *cells: str) -> None:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "id")
     return table
 
 
-def operations_text(page: dict[str, Any]) -> Table:
+def operations_text(page: dict[str, Any]) -> RenderableType:
     table = _table("id", "brand", "reference", "status", "generation", "registered")
     for row in page["data"]:
         _add(
             table, row["id"], row["brand"], row["reference"], row["status"], str(row["generation"]), row["registeredAt"]
         )
     if page.get("nextCursor"):
-        table.caption = f"more: --cursor {page['nextCursor']}"
+        return Group(table, Text(f"more: --cursor {page['nextCursor']}", no_wrap=True, overflow="ignore"))
     return table
 
 

@@ -37,3 +37,26 @@ def test_no_brand_or_issuer_paints_on_the_operators_terminal(capsys: pytest.Capt
     assert capsys.readouterr().out == "two\nlines of a partner: \\x1b[2J[/b]\n"
     terminal.complain("no operation '\x1b[2J'")
     assert capsys.readouterr().err == "indexer: no operation '\\x1b[2J'\n"
+
+
+def test_ids_and_cursors_in_lists_can_be_copied(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = "8e09e343-c834-5984-9122-c9c7c6d2d63f"
+    row = {
+        "id": ids,
+        "brand": "bloom",
+        "reference": "r" * 200,
+        "status": "pending",
+        "generation": 0,
+        "registeredAt": "t" * 27,
+    }
+    page = {"data": [row], "nextCursor": "c" * 120}
+    terminal.answer(page, False, terminal.operations_text)
+    piped = capsys.readouterr().out.splitlines()
+    assert len(piped) == 3 and ids in piped[1] and "r" * 200 in piped[1] and piped[2] == "more: --cursor " + "c" * 120
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal.answer(page, False, terminal.operations_text)
+    seen = capsys.readouterr().out
+    assert ids in seen and "c" * 120 in seen and "r" * 200 not in seen
