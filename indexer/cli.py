@@ -97,7 +97,7 @@ def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave everything running and print the URLs.")] = False,
     seed: Annotated[int, typer.Option(help="Of the story's nonces and amounts.")] = 1,
 ) -> None:
-    """A whole loyalty world on this machine: a chain, a database, the daemon, a shop, and thirty operations."""
+    """A whole loyalty world on this machine: a chain, a database, the daemon, a shop, and eighty operations."""
     from indexer.sandbox.demo import run_demo
 
     raise typer.Exit(asyncio.run(run_demo(as_json=as_json, keep=keep, seed=seed)))
@@ -254,6 +254,10 @@ def register_operation(
 ) -> None:
     """Register what a brand waits for. Idempotent by its reference."""
     text = sys.stdin.read() if str(file) == "-" else file.read_text()
+    try:
+        msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        raise Failure(f"{'standard input' if str(file) == '-' else file} is not JSON: {error}", USAGE) from None
     done = on_database(config, is_embedded, lambda conn: functions.register_operation(conn, text))
     terminal.answer(
         plain(done), as_json, lambda d: f"{d['id']} {'registered' if d['created'] else 'was registered before'}"
@@ -276,7 +280,7 @@ def cancel_operation(
 @operations_app.command("fulfil")
 def fulfil_operation(
     operation: str,
-    generation: Annotated[int, typer.Option(help="The generation of the ready signal.")],
+    generation: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="The generation of the ready signal.")],
     receipt: Annotated[str, typer.Option(help="A JSON object, kept with the operation.")] = "{}",
     claim: Annotated[UUID | None, typer.Option(help="Where it was claimed: the claim.")] = None,
     config: ConfigOption = None,
@@ -442,7 +446,7 @@ def main() -> None:
         )
     except Failure as error:
         _fail(str(error), error.code, error.detail)
-    except (FileNotFoundError, PermissionError, UnicodeDecodeError) as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, UnicodeDecodeError) as error:
         _fail(str(error), USAGE)
     except OSError as error:
         _fail(f"{error}", TRY_AGAIN)

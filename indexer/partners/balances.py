@@ -101,7 +101,7 @@ async def _qiibee(client: Client, brand: str, auth_id: str) -> list[PartnerBalan
 
 
 def _fungible(entries: Sequence[Any], brand: str, auth_id: str) -> list[PartnerBalance]:
-    """Entries with a balance; collectibles have none (facts/qiibee.md, section 5)."""
+    """Entries with a balance; collectibles have none (facts/qiibee.md, section 5). A holder without any has nothing."""
     rows = []
     for entry in entries:
         value = amount(table(entry).get("balance"), Drift(), number=True)
@@ -109,4 +109,4 @@ def _fungible(entries: Sequence[Any], brand: str, auth_id: str) -> list[PartnerB
         name = identifier(token.get("symbol")) or identifier(token.get("id"))
         if value is not None:
             rows.append(PartnerBalance(brand, "qiibee", auth_id, name, plain_decimal(value), "provider"))
-    return rows
+    return rows or [PartnerBalance(brand, "qiibee", auth_id, None, "0", "provider")]

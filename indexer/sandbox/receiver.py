@@ -16,6 +16,7 @@ from aiohttp import web
 from standardwebhooks import Webhook, WebhookVerificationError
 
 PATH = "/hooks/loyalty"
+TEST = "webhook.test"  # of `indexer webhooks test`: about no operation, and without a number
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,8 @@ class Receiver:
         except WebhookVerificationError as error:
             return web.Response(status=400, text=str(error))
         self.verified += 1
+        if message["type"] == TEST:
+            return web.Response(status=204)
         identity = request.headers["webhook-id"]
         repeated = identity in self._ids
         self.duplicates += repeated

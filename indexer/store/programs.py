@@ -88,9 +88,16 @@ class Programs:
         if not kept.exists():
             fresh = folder / "new"
             shutil.rmtree(fresh, ignore_errors=True)  # of a start that was killed
-            for part in (self.folder.parent, site / WHEEL_LIBRARIES):
-                if part.exists():
-                    shutil.copytree(part, fresh / part.relative_to(site), symlinks=True, copy_function=_link_or_copy)
+            try:
+                for part in (self.folder.parent, site / WHEEL_LIBRARIES):
+                    if part.exists():
+                        shutil.copytree(
+                            part, fresh / part.relative_to(site), symlinks=True, copy_function=_link_or_copy
+                        )
+            except shutil.Error as error:  # a list of all files that could not be copied: the first says why
+                shutil.rmtree(fresh, ignore_errors=True)
+                why = str(error.args[0][0][2]).partition(": '")[0]
+                raise EmbeddedError(f"cannot copy PostgreSQL's programs to {folder}: {why}") from None
             for place in (folder, fresh, *(p for p in fresh.rglob("*") if p.is_dir() and not p.is_symlink())):
                 place.chmod(0o755)
             fresh.rename(kept)

@@ -105,6 +105,8 @@ async def migrate(url: str, revision: str = "head") -> None:
     async def connect() -> asyncpg.Connection:
         return await open_session(url, "indexer:migrate", command_timeout=None)
 
+    if revision not in ("head", "base", *_revisions()):
+        raise MigrationFailed(f"no revision {revision!r}: known are head, base, {', '.join(_revisions())}")
     engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
     try:
         async with engine.connect() as connection:

@@ -10,7 +10,9 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,8 @@ import pytest
 from indexer.sandbox.receiver import Receiver
 from indexer.sandbox.shop import End, Order, Shop
 from indexer.sandbox.verdict import judge
+from indexer.signals.attempts import Endpoint, send_test
+from indexer.signals.targets import networks, system_lookup
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(400)]
 
@@ -89,6 +93,16 @@ async def test_an_operation_that_ends_elsewhere_fails_the_demo() -> None:
         assert judge(shop, receiver, [truth], 0, []).ok
         assert not judge(shop, receiver, [truth], 0, ["a story: did not end"]).ok
         assert not judge(shop, receiver, [], 0, []).ok
+
+
+async def test_the_shop_takes_the_test_that_the_command_line_sends() -> None:
+    secret = "whsec_" + "A" * 32
+    with ThreadPoolExecutor(1) as threads:
+        async with Shop("bloom", {}, lambda evidence: None, lambda order, signal: None) as shop:
+            async with Receiver(secret, shop.take) as receiver:
+                endpoint = Endpoint("bloom", "shop", receiver.url, (secret,), allow=networks(["127.0.0.0/8"]))
+                reply = await send_test(endpoint, system_lookup(threads), time.time)
+            assert (reply.status, shop.strange, receiver.verified) == (204, [], 1)
 
 
 async def test_the_demo_tells_every_story_to_its_expected_end(place: Place) -> None:

@@ -6,6 +6,7 @@ Run as a program, this file starts one under the folder it is given, says so, an
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import pwd
@@ -21,7 +22,7 @@ import asyncpg
 import pytest
 
 from indexer.store.embedded import AlreadyRunning, EmbeddedPostgres, WrongMajor, url_of
-from indexer.store.programs import EmbeddedError, find_folder
+from indexer.store.programs import EmbeddedError, Programs, find_folder
 
 ROOT = Path(__file__).parents[2]
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="about the account that root's server runs as")
@@ -70,6 +71,23 @@ async def start_as_a_program(
 
 def postmaster_of(state_dir: Path) -> int:
     return int((state_dir / "postgres" / "data" / "postmaster.pid").read_text().splitlines()[0])
+
+
+async def test_a_disk_too_full_for_the_programs_is_told_in_a_line(
+    state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: str, target: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), source, None, target)
+
+    monkeypatch.setattr("os.link", full)
+    monkeypatch.setattr("shutil.copyfile", full)
+    programs = await Programs.find()
+    with pytest.raises(EmbeddedError) as refused:
+        programs.kept_in(state_dir)
+    assert str(refused.value) == (
+        f"cannot copy PostgreSQL's programs to {state_dir}: [Errno 28] No space left on device"
+    )
+    assert not (state_dir / "new").exists()
 
 
 async def test_data_and_passwords_outlive_a_restart(state_dir: Path) -> None:

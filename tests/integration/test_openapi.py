@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import logging
 import re
 import socket
 import sys
@@ -259,7 +260,7 @@ async def test_bytes_that_are_not_http_are_a_problem_too(api: Api) -> None:
     ],
 )
 async def test_bodies_that_are_not_what_their_headers_say_are_refused(
-    api: Api, headers: str, body: bytes, expected: int
+    api: Api, headers: str, body: bytes, expected: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     host, port = api.base.removeprefix("http://").split(":")
     length = "" if "Length" in headers or "Transfer" in headers else f"Content-Length: {len(body)}\r\n"
@@ -276,6 +277,8 @@ async def test_bodies_that_are_not_what_their_headers_say_are_refused(
         writer.close()
     assert answer.split()[1] == str(expected).encode(), answer
     assert b"application/problem+json" in answer and b"Traceback" not in answer
+    assert (await api.call("GET", "/healthz"))[0] == 200
+    assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == []  # no defect of ours
 
 
 # ------------------------------------------------------------------------------------------------ schemathesis

@@ -70,7 +70,9 @@ async def test_registered_listed_shown_and_cancelled_by_hand(desk: Desk, api: Ap
     assert (await desk.answers("list", "--status", "ready"))["data"] == []
     other = await desk.refused("register", "-", given=json.dumps(body | {"metadata": {}}))
     assert getattr(other, "sqlstate", "") == "LY409"
-    assert getattr(await desk.refused("register", "-", given="{"), "sqlstate", "").startswith("22")
+    nonsense = await desk.refused("register", "-", given="{")
+    assert isinstance(nonsense, Failure) and nonsense.code == USAGE and "standard input is not JSON" in str(nonsense)
+    assert (await desk.run("fulfil", made["id"], "--generation", str(2**31))).exit_code == USAGE
     for wrong in (("list", "--status", "done"), ("show", "nobody"), ("cancel", "nobody")):
         assert isinstance(await desk.refused(*wrong), Failure)
     assert (await desk.answers("cancel", "redemption-8841"))["outcome"] == "accepted"

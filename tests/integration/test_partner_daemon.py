@@ -85,6 +85,8 @@ async def test_balances_are_asked_for_on_demand_and_shown_in_one_table(
             ("qiibee", "25", "provider", None),
         ]
         assert await partner_balances(config, keyban=account.wallet, brand="other") == []
+        (nothing,) = await partner_balances(config, qiibee=qiibee.enrol().auth_id)
+        assert (nothing.balance, nothing.problem) == ("0", None)  # an account that holds nothing is an account
 
         # one holder, three ledgers, one table
         async with database.pool.acquire() as conn:

@@ -121,6 +121,11 @@ async def test_a_user_who_may_not_migrate_is_told_and_nothing_changes(postgres: 
         assert await _objects(postgres.owner_url(name)) == 0
 
 
+async def test_a_revision_that_nobody_knows_is_refused_before_anything_is_asked() -> None:
+    with pytest.raises(schema.MigrationFailed, match="no revision 'nope': known are head, base, 0001"):
+        await schema.migrate("postgresql://indexer@127.0.0.1:1/none", "nope")
+
+
 async def test_migrating_a_server_that_is_not_there_says_so() -> None:
     with pytest.raises(DatabaseUnavailable, match=r"127\.0\.0\.1:1"):
         await schema.migrate("postgresql://indexer@127.0.0.1:1/none")
