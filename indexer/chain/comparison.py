@@ -1,7 +1,8 @@
 """A new reading of finalized blocks against what is stored: what is missing, what is too much, what is not the same.
 
 Promises that a range answer alone convicts nobody: a stored log that it leaves out, or tells differently, is looked up in the
-block itself, by hash, and stands where it stands there. What to do about a difference is the caller's.
+block itself, by hash, and stands where it stands there; where the block's receipts prove it, the range answer is counted as a
+lie. What to do about a difference is the caller's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import structlog
 
 from indexer.chain import witnesses
 from indexer.chain.decode import Decoded, Speakers, Token
-from indexer.chain.integrity import bloom_admits, logs_of_receipts
+from indexer.chain.integrity import Outcome, bloom_admits, logs_of_receipts
 from indexer.chain.linkage import Unsettled
 from indexer.chain.logs import checked, timed
 from indexer.chain.reading import Ranges, Task
@@ -25,6 +26,8 @@ from indexer.store.facts import Place, SomeRows
 from indexer.store.stored import Reading
 
 log = structlog.get_logger(__name__)
+
+COMPLETE = "logs_complete"  # the check that a range answer leaves out nothing of what is known to stand
 
 #: (emitter, block) → whether the block was read for the emitter before: what was not can be no difference.
 WasRead = Callable[[bytes, int], bool]
@@ -90,8 +93,13 @@ class Comparison:
             if place not in readable:
                 by_block.setdefault((place.number, place.block_hash), []).append(place)
         for (number, block_hash), places in by_block.items():
-            standing = await self._standing(number, Hash32(block_hash), {p: ours[p] for p in places}, theirs, asked)
+            standing, proven = await self._standing(
+                number, Hash32(block_hash), {p: ours[p] for p in places}, theirs, asked
+            )
             kept += len(standing)
+            if standing:
+                # not proven: without receipts nobody can say which of two readings leaves out
+                task.count(COMPLETE, Outcome.FAIL if proven else Outcome.SKIP)
             wrong += [place for place in places if place not in standing]
         unread = {place for place in missing if not was_read(stored.emitter_of(theirs[place]), place.number)}
         for place in sorted([*missing, *wrong]):
@@ -105,7 +113,9 @@ class Comparison:
                 differences.append(Difference("different", place, stored.emitter_of(reading), columns))
             else:
                 differences.append(Difference("missing", place, stored.emitter_of(reading)))
-        if kept:
+        if not kept:
+            task.count(COMPLETE, Outcome.PASS)
+        else:
             log.warning(
                 "another reading is at odds with logs that stand: it is not believed, and they are read once more",
                 chain=task.chain.name, endpoint=task.rpc.name, from_block=low, to_block=high, logs=kept,
@@ -136,15 +146,16 @@ class Comparison:
         ours: Mapping[Place, Reading],
         theirs: Mapping[Place, Reading],
         asked: frozenset[bytes],
-    ) -> set[Place]:
-        """Which of these stored logs of one block stand as they are stored, or may, whatever the range answer says."""
+    ) -> tuple[set[Place], bool]:
+        """Which of these stored logs of one block stand as they are stored, or may, whatever the range answer says; and whether
+        the block's receipts prove it."""
         (header,) = await self._ranges.headers([number])
         if header.hash != block_hash:
             if any(place in theirs for place in ours):
                 raise Unsettled(f"{self._task.rpc.name}: logs of block {number} are of another block than its header")
             if await self._undone(BlockRef(number, block_hash)):
-                return set()  # of a block that lost
-            return set(ours)
+                return set(), False  # of a block that lost
+            return set(ours), False
         truth = await self._of_block(header, asked)
         if truth is None:
             # without the block's receipts only the bloom can show absence: an answer without a log is one node's word again
@@ -154,8 +165,8 @@ class Comparison:
                 place
                 for place, reading in ours.items()
                 if (again.get(place) != theirs[place] if place in theirs else self._may_hold(header, reading))
-            }
-        return {place for place in ours if truth.get(place) != theirs.get(place)}
+            }, False
+        return {place for place in ours if truth.get(place) != theirs.get(place)}, True
 
     async def _undone(self, ours: BlockRef) -> bool:
         """Whether a finalized block of ours is another one: never on the word of one endpoint, where several are to agree."""

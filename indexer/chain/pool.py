@@ -83,6 +83,7 @@ class Node:
     strikes: int = 0  # looks in a row at which it stood apart
     put_aside: tuple[Why, str, float] | None = None  # why, in words, until when
     quarantines: int = 0
+    at_odds: tuple[float, int] = (0.0, 0)  # its reading of history was not believed: until when, and how often
     no_receipts: bool = False
 
     @property
@@ -193,6 +194,16 @@ class Pool:
         if self._metrics is not None:
             self._metrics.quarantined_endpoints.labels(node.name, why).set(1)
         return True
+
+    def disbelieve(self, node: Node) -> None:
+        """Its reading of history is at odds with logs that stand: for a while others are asked to confirm ours. It keeps its
+        vote: its headers are as good as before."""
+        times = node.at_odds[1]
+        node.at_odds = (asyncio.get_running_loop().time() + QUARANTINE[min(times, len(QUARANTINE) - 1)], times + 1)
+
+    def confirms(self, node: Node) -> bool:
+        """Whether it may be asked to confirm what another has read."""
+        return node.at_odds[0] <= asyncio.get_running_loop().time()
 
     async def identify(self, node: Node) -> None:
         """That it is our chain, by id and genesis; asked once until it fails. Raises WrongChain, RpcError."""

@@ -60,10 +60,12 @@ def second_readers(task: Task, first: Readers) -> tuple[list[Task], Verdict]:
     """The same task, asked of an endpoint that these blocks were not first read from, and what its reading is worth.
 
     Where nobody knows who read them first, or everybody did, of two endpoints one after the other. Where there is only one, of it
-    once more, later; of none where several witnesses are needed and no other can be asked now.
+    once more, later; of none where several witnesses are needed and no other can be asked now. One whose reading was at odds with
+    logs that stand is not asked for a while.
     """
     source = task.source
-    nodes = [source.lead, *(node for node in source.others if source.pool.live(node))]
+    others = [node for node in source.others if source.pool.live(node)]
+    nodes = [node for node in (source.lead, *others) if source.pool.confirms(node)]
     fresh = [node for node in nodes if node.name not in first.endpoints]
     if first.endpoints and fresh:
         return [task.of(source.fixed(fresh[0]))], "second_endpoint"

@@ -91,6 +91,8 @@ class SecondLook:
             if found is None:
                 break
             settled = settled and found.settled
+            if not found.settled and task.source.pool.several:
+                task.source.pool.disbelieve(task.source.lead)
             await self._store(task, window, found, verdict if settled and place == len(tasks) - 1 else None)
             for token in found.tokens:
                 speakers.learn(token)
