@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, TypeVar
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote_plus, urlsplit, urlunsplit
 
 import typer
 
@@ -18,6 +18,8 @@ from indexer.store.database import open_session
 
 app = typer.Typer(help="Logins that read and act through SQL. Run as the owner of the database.", no_args_is_help=True)
 Result = TypeVar("Result")
+# of a URL's query: who logs in, and what with
+OWNERS = frozenset({"user", "password", "passfile", "service", "servicefile", "sslcert", "sslkey", "sslpassword"})
 
 
 def _as_owner(
@@ -46,10 +48,11 @@ def _as_owner(
 
 
 def _for(url: str, name: str, password: str) -> str:
-    """The same place for another login."""
+    """The same place for another login, without whatever the owner's says of the owner."""
     parts = urlsplit(url)
     where = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{name}:{quote(password)}@{where}"))
+    place = [pair for pair in parts.query.split("&") if unquote_plus(pair.partition("=")[0]) not in OWNERS]
+    return urlunsplit(parts._replace(netloc=f"{name}:{quote(password)}@{where}", query="&".join(place)))
 
 
 @app.command("add")
