@@ -16,11 +16,12 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import backfill, following, partners, pull, reorganisations, settlement, webhooks, workers
+from tests.bench import backfill, following, partners, pull, reorganisations, settlement, webhooks, withholding, workers
 
 BENCHES = {
     "backfill": backfill,
     "following": following,
+    "withholding": withholding,
     "reorganisations": reorganisations,
     "settlement": settlement,
     "pull": pull,

@@ -35,11 +35,16 @@ def digest(*parts: object) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """`blocks` blocks after block 0, each with `per_block` movements; `programmes` are announced in the first tenth."""
+    """`blocks` blocks after block 0, each with `per_block` movements; `programmes` are announced in the first tenth.
+
+    The last `growing` of them come one by one while the node runs. `withheld`: a second endpoint leaves out one log in so many.
+    """
 
     blocks: int = 100_000
     per_block: int = 2
     programmes: int = 8
+    growing: int = 0
+    withheld: int = 0
 
     @property
     def events(self) -> int:

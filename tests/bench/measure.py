@@ -80,8 +80,11 @@ async def postgres(*, durable: bool = True) -> AsyncIterator[Server]:
 
 @dataclass(frozen=True, slots=True)
 class NodeProcess:
+    """`withholding_url`: of the endpoint that leaves logs out, where the shape asks for one."""
+
     url: str
     pid: int
+    withholding_url: str | None = None
 
     def calls(self) -> dict[str, int]:
         """What was asked since the last look, by method."""
@@ -100,8 +103,8 @@ async def node(shape: Shape) -> AsyncIterator[NodeProcess]:
     try:
         assert process.stdout is not None
         async with asyncio.timeout(600):
-            port = int(await process.stdout.readline())
-        yield NodeProcess(f"http://127.0.0.1:{port}/", process.pid)
+            urls = [f"http://127.0.0.1:{int(port)}/" for port in (await process.stdout.readline()).split()]
+        yield NodeProcess(urls[0], process.pid, *urls[1:])
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()

@@ -1,7 +1,7 @@
 """A node that is never the bottleneck: the whole history as JSON in memory, an answer is a slice of it.
 
-A process of its own (`python -m tests.bench.node '{"blocks": …}'`), which prints its port when it is ready and counts
-what it is asked. It knows just what reading history takes; `tests/fake_node.py` is the truthful one.
+A process of its own (`python -m tests.bench.node '{"blocks": …}'`), which prints its port when it is ready (and that of a second
+endpoint, which leaves logs out, where the shape says so) and counts what it is asked. It knows just what reading history takes; `tests/fake_node.py` is the truthful one.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from typing import Any, ClassVar
 
 import msgspec
 
-from tests.bench.history import CHAIN_ID, Shape, digest, header, logs_of, time_s
+from tests.bench.history import BLOCK_S, CHAIN_ID, Shape, digest, header, logs_of, time_s
 
 _HEAD = b'{"jsonrpc":"2.0","id":'
 
@@ -24,7 +25,7 @@ class History:
     """All logs in chain order, joined by commas, and where each begins, what block it is of, and who logged it."""
 
     def __init__(self, shape: Shape) -> None:
-        self.last = shape.blocks
+        self.shape, self._began = shape, time.monotonic()
         self.starts: list[int] = []
         self.blocks: list[int] = []
         self.keys: list[tuple[str, str]] = []  # emitter, topic0
@@ -55,19 +56,30 @@ class History:
         self.starts.append(at)
         self.text = memoryview(b"".join(parts))
 
-    def logs(self, query: dict[str, Any]) -> list[bytes | memoryview]:
+    @property
+    def last(self) -> int:
+        grown = int((time.monotonic() - self._began) / BLOCK_S)
+        return self.shape.blocks - max(0, self.shape.growing - grown)
+
+    def withholds(self, at: int) -> bool:
+        """Whether the second endpoint leaves out this log."""
+        return at % self.shape.withheld == self.shape.withheld // 2
+
+    def logs(self, query: dict[str, Any], *, whole: bool = True) -> list[bytes | memoryview]:
         first = bisect_left(self.blocks, int(query["fromBlock"], 16))
-        last = bisect_right(self.blocks, int(query["toBlock"], 16))
+        last = bisect_right(self.blocks, min(self.last, int(query["toBlock"], 16)))
         if first >= last:
             return []
         addresses, topics = _several(query.get("address")), _several((query.get("topics") or [None])[0])
         missing = {e for e, born in self.emitters.items() if born <= self.blocks[last - 1]} - (addresses or set())
-        if topics is None and (addresses is None or not missing):
+        if whole and topics is None and (addresses is None or not missing):
             return [self.text[self.starts[first] : self.starts[last] - 1]]
         found: list[bytes | memoryview] = [
             self.text[self.starts[at] : self.starts[at + 1]]
             for at in range(first, last)
-            if (addresses is None or self.keys[at][0] in addresses) and (topics is None or self.keys[at][1] in topics)
+            if (addresses is None or self.keys[at][0] in addresses)
+            and (topics is None or self.keys[at][1] in topics)
+            and (whole or not self.withholds(at))
         ]
         if found:
             found[-1] = found[-1][:-1]
@@ -85,6 +97,7 @@ class Node(asyncio.Protocol):
 
     history: History
     calls: ClassVar[Counter[str]] = Counter()
+    whole: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._got = b""
@@ -129,7 +142,7 @@ class Node(asyncio.Protocol):
         head = _HEAD + msgspec.json.encode(call.get("id"))
         match method:
             case "eth_getLogs":
-                return [head, b',"result":[', *self.history.logs(params[0]), b"]}"]
+                return [head, b',"result":[', *self.history.logs(params[0], whole=self.whole), b"]}"]
             case "eth_getBlockByNumber":
                 result: Any = self._header(params[0])
             case "eth_chainId" | "net_version":
@@ -151,11 +164,16 @@ class Node(asyncio.Protocol):
         return self.history.headers[number] if number <= self.history.last else None
 
 
+class Withholding(Node):
+    whole = False
+
+
 async def serve(shape: Shape) -> None:
     Node.history = History(shape)
-    server = await asyncio.get_running_loop().create_server(Node, "127.0.0.1", 0)
-    print(server.sockets[0].getsockname()[1], flush=True)
-    await server.serve_forever()
+    kinds = (Node, Withholding) if shape.withheld else (Node,)
+    servers = [await asyncio.get_running_loop().create_server(kind, "127.0.0.1", 0) for kind in kinds]
+    print(*(server.sockets[0].getsockname()[1] for server in servers), flush=True)
+    await servers[0].serve_forever()
 
 
 if __name__ == "__main__":
