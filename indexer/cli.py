@@ -435,6 +435,8 @@ def main() -> None:
         _fail("the configuration cannot be used:\n" + "\n".join(f"  {problem}" for problem in error.problems), USAGE)
     except (schema.SchemaMismatch, schema.MigrationFailed, IssuerMoved, tokens.BadToken, queries.BadCursor) as error:
         _fail(str(error), USAGE)
+    except schema.MigrationBusy as error:
+        _fail(str(error), TRY_AGAIN)
     except DatabaseUnavailable as error:
         _fail(str(error), USAGE if error.lasting else TRY_AGAIN)
     except EmbeddedError as error:

@@ -16,15 +16,27 @@ import asyncpg
 if TYPE_CHECKING:
     from alembic.config import Config
     from sqlalchemy import Connection
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
 # Two replicas that migrate at once: the second waits, and finds nothing to do.
 _MIGRATING = 0x6C6F79616C7479  # 'loyalty'
+LOCK_SECONDS = 60.0  # any login may take an advisory lock: nobody waits for ever without a word
+
+_HOLDER = f"""
+    SELECT format('backend %s of login %s', a.pid, a.usename) FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+     WHERE l.locktype = 'advisory' AND l.granted AND l.classid = {_MIGRATING >> 32} AND l.objid = {_MIGRATING & 0xFFFFFFFF}
+       AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""  # noqa: S608 - a number of ours
 
 _STATED = re.compile(r"^(revision|down_revision)\b[^=\n]*= *(?:None|[\"']([^\"']*)[\"'])", re.MULTILINE)
 
 
 class MigrationFailed(Exception):
     """PostgreSQL refused a migration, and nothing of it was stored: the message is PostgreSQL's."""
+
+
+class MigrationBusy(Exception):
+    """Somebody else has held the lock of migrations for too long."""
 
 
 class SchemaMismatch(Exception):
@@ -94,7 +106,7 @@ async def migrate(url: str, revision: str = "head") -> None:
     """Bring the schema to `revision`: `head`, a later one by name, or an earlier one (`base` removes everything).
 
     `url` is the owner's, and reaches PostgreSQL directly. Raises DatabaseUnavailable, MigrationFailed,
-    SchemaAhead.
+    MigrationBusy, SchemaAhead.
     """
     from sqlalchemy.exc import DBAPIError
     from sqlalchemy.ext.asyncio import create_async_engine
@@ -110,13 +122,31 @@ async def migrate(url: str, revision: str = "head") -> None:
     engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
     try:
         async with engine.connect() as connection:
-            await connection.exec_driver_sql(f"SELECT pg_advisory_lock({_MIGRATING})")
-            await connection.commit()
+            await _lock(connection)
             await connection.run_sync(_migrate, revision)
     except DBAPIError as error:
         raise MigrationFailed(f"the migration failed and changed nothing: {error.orig}") from error
     finally:
         await engine.dispose()
+
+
+async def _lock(connection: AsyncConnection) -> None:
+    """The lock of migrations, for the session. Raises MigrationBusy."""
+    from sqlalchemy.exc import DBAPIError
+
+    try:
+        await connection.exec_driver_sql(f"SET LOCAL lock_timeout = {int(LOCK_SECONDS * 1000)}")
+        await connection.exec_driver_sql(f"SELECT pg_advisory_lock({_MIGRATING})")
+        await connection.commit()
+    except DBAPIError as error:
+        if getattr(error.orig, "sqlstate", None) != asyncpg.LockNotAvailableError.sqlstate:
+            raise
+        await connection.rollback()
+        holder = (await connection.exec_driver_sql(_HOLDER)).scalar() or "somebody"
+        raise MigrationBusy(
+            f"{holder} has held the lock of migrations for {LOCK_SECONDS:g} s: where that is a migration, wait for it and try "
+            "again; else end that session (pg_terminate_backend)"
+        ) from None
 
 
 def _migrate(connection: Connection, revision: str) -> None:

@@ -83,6 +83,24 @@ async def test_replicas_that_migrate_at_once_do_not_collide(postgres: Postgres) 
         assert await _difference_from_tables(postgres.owner_url(name)) == []
 
 
+async def test_whoever_holds_the_lock_of_migrations_is_named(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "LOCK_SECONDS", 0.2)
+    async with postgres.fresh_database(migrated=False) as name:
+        other = await asyncpg.connect(postgres.url(name))
+        try:
+            await other.execute(f"SELECT pg_advisory_lock({0x6C6F79616C7479})")
+            with pytest.raises(
+                schema.MigrationBusy, match=f"backend {other.get_server_pid()} of login indexer has held"
+            ):
+                async with asyncio.timeout(30):
+                    await schema.migrate(postgres.owner_url(name))
+        finally:
+            await other.close()
+        await schema.migrate(postgres.owner_url(name))
+
+
 async def test_an_empty_database_is_refused_and_migrate_is_named(postgres: Postgres) -> None:
     async with postgres.fresh_database(migrated=False) as name:
         with pytest.raises(schema.SchemaBehind, match="indexer migrate") as caught:
