@@ -195,8 +195,8 @@ class LoyfinPoller:
         desk = self._desk
         async with desk.lease.transaction() as conn:
             await desk.set_clock(conn)
-            waiting = await hints.open_actions(conn, desk.account.brand)
-        self._newest = max((desk.of_wall(action.registered) for action in waiting), default=None)
+            registered = await hints.newest_waiting(conn, desk.account.brand)
+        self._newest = None if registered is None else desk.of_wall(registered)
 
     # ---------------------------------------------------------------- hints
 

@@ -75,30 +75,24 @@ async def store_hints(conn: Connection, account: Account, hints: Sequence[HintRo
     return len(changed)
 
 
-@dataclass(frozen=True, slots=True)
-class OpenAction:
-    """An open Loyfin leg of a brand. Times in Unix seconds."""
+async def newest_waiting(conn: Connection, brand: str) -> float | None:
+    """When the newest operation that waits for a Loyfin leg was registered (Unix seconds); None where none waits.
 
-    chain_id: int
-    issuer: bytes
-    kind: str
-    nonce: bytes | None
-    operation_hash: bytes | None
-    registered: float
-
-
-async def open_actions(conn: Connection, brand: str) -> list[OpenAction]:
-    """Loyfin legs that wait. operation_state_idx."""
-    rows = await conn.fetch(
+    operation_state_idx backwards, one look for each state however many wait; leg_pk.
+    """
+    found: float | None = await conn.fetchval(
         """
-        SELECT l.chain_id, l.issuer, l.kind, l.nonce, l.operation_hash, extract(epoch FROM o.registered_at)::float8
-        FROM indexer.operation o JOIN indexer.leg l ON l.operation_id = o.id AND l.issuer IS NOT NULL
-        WHERE o.brand = $1 AND o.state = ANY ($2::text[])
+        SELECT extract(epoch FROM max(newest.registered_at))::float8 FROM unnest($2::text[]) AS s (state)
+        CROSS JOIN LATERAL (
+            SELECT o.registered_at FROM indexer.operation o
+            WHERE o.brand = $1 AND o.state = s.state
+              AND EXISTS (SELECT FROM indexer.leg l WHERE l.operation_id = o.id AND l.issuer IS NOT NULL)
+            ORDER BY o.registered_at DESC LIMIT 1) AS newest
         """,
         brand,
         OPEN,
     )
-    return [OpenAction(*row) for row in rows]
+    return found
 
 
 @dataclass(frozen=True, slots=True)

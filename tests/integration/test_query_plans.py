@@ -36,6 +36,7 @@ from indexer.store import (
     operations,
     overview,
     partner_accounts,
+    partner_hints,
     partner_listings,
     partners,
     programmes,
@@ -534,6 +535,7 @@ READS: dict[str, Callable[[Any], Awaitable[Any]]] = {
     "news of the stream": lambda conn: feed.news(conn, {BRAND: 59_990, "other": 0}, limit=100),
     "a page of a wallet's balances": lambda conn: queries.balances(conn, Address(wallet(7))),
     "a wallet's balances": lambda conn: queries.balances_of(conn, Address(wallet(7))),
+    "the newest that waits at Loyfin": lambda conn: partner_hints.newest_waiting(conn, BRAND),
     "the overview": lambda conn: overview.overview(conn),
 }
 
