@@ -350,6 +350,8 @@ class Daemon:
                 stderr=output,
                 env=inherited | dict(environ or {}),
                 cwd=Path(__file__).parents[2],
+                # the kernel wakes stopped processes of a group whose parent has left, with SIGHUP and SIGCONT
+                start_new_session=True,
             )
         return cls(process, log, time.monotonic())
 
