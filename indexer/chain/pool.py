@@ -182,7 +182,10 @@ class Pool:
         return "live", None
 
     def quarantine(self, node: Node, why: Why, reason: str) -> bool:
-        """Puts an endpoint aside for a while; not the last one that could be asked."""
+        """Puts an endpoint aside for a while; not the last one that could be asked. Several loops notice the same trouble: one that
+        is aside already stays so, for no longer, and is looked at again before it has a vote."""
+        if not self.usable(node):
+            return True
         if not any(self.usable(other) for other in self.nodes if other is not node):
             return False
         seconds = QUARANTINE[min(node.quarantines, len(QUARANTINE) - 1)]

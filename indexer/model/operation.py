@@ -192,6 +192,9 @@ class LegFacts:
     dead: bool = False  # its time has passed without the event, for certain
     submitted: bool = False  # a partner shows it under way
     failed: bool = False  # a final partner record says failed; a later one may still settle it
+    contested: bool = (
+        False  # evidence that may be the leg's, and waits for witnesses or a person: nothing expires beside it
+    )
 
 
 def situation(legs: Sequence[LegFacts], *, cancelled: bool, closed: bool) -> Situation:
@@ -216,7 +219,7 @@ def situation(legs: Sequence[LegFacts], *, cancelled: bool, closed: bool) -> Sit
     evidence, dead = any(leg.evidence for leg in legs), any(leg.dead for leg in legs)
     if (dead or any(leg.failed for leg in legs)) and any(leg.settled for leg in legs):
         return Situation.INCOMPLETE
-    if dead and not evidence:
+    if dead and not evidence and not any(leg.contested for leg in legs):
         return Situation.EXPIRED
     if evidence:
         return Situation.CONFIRMING

@@ -116,14 +116,19 @@ class Desk:
             return LegFacts(evidence=True, settled=settled, decided=claim.basis == "decision")
         contested = self.matching.conflicts.get(leg.key)
         conflict = contested is not None and self._counts(contested.evidence)
-        if conflict or leg.key in self.matching.held or operation.cancelled or leg.released:
-            return LegFacts(conflict=conflict)
+        held = leg.key in self.matching.held
+        if conflict or held or operation.cancelled or leg.released:
+            return LegFacts(conflict=conflict, contested=held)
         if isinstance(leg, PartnerLeg):  # never expires: silence of a partner is age, not failure
             failure = self.matching.failed.get(leg.key)
             return LegFacts(
                 submitted=leg.key in self.matching.submitted, failed=failure is not None and failure.certain
             )
         submitted = any(hint.status in ("submitted", "mined") for hint in self.teller.about(leg))
+        if (
+            contested is not None
+        ):  # its time did not pass without an event: there is one, and somebody looks who holds it
+            return LegFacts(contested=True, submitted=submitted)
         return LegFacts(dead=await self._expired(operation, leg, alarms), submitted=submitted)
 
     def _counts(self, evidence: AnyEvidence) -> bool:

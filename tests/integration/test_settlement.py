@@ -487,6 +487,47 @@ async def test_the_event_in_the_last_second_settles_and_the_bucket_bounds_too(ow
         assert [await world.state(settled), await world.state(expired)] == ["ready", "expired"]
 
 
+async def test_nothing_expires_beside_an_event_that_waits_for_witnesses(owner_dsn: str) -> None:
+    """A mismatching event is there; only who holds its block is not known yet. Once known, it is a conflict; gone, it expires."""
+    async with World.at(owner_dsn, INCLUDED) as world:
+        await world.conn.execute(
+            "UPDATE indexer.chain SET quorum = 2, agreed_number = 1000, agreed_at = clock_timestamp()"
+        )
+        legs = [world.leg(operationHash=hexa(digest(n)), deadline=deadline(100)) for n in range(3)]
+        by_nonce = world.leg(nonce=hexa(world.nonce()), deadline=deadline(100))
+        alone, undone = await world.register(legs[0]), await world.register(legs[1])
+        beside = await world.register(legs[2], by_nonce)  # the second leg's time passes without any event
+        for place, leg in enumerate(legs):
+            await world.event(70 + place, leg, amount="1")
+        await world.heads(head=1000, safe=900, finalized=200)
+        await world.cover(0, 1000)
+        assert await world.settle() == []
+        assert [await world.state(o) for o in (alone, undone, beside)] == ["pending"] * 3
+        asked = await world.conn.fetchval("SELECT count(*) FROM indexer.attestation WHERE next_at IS NOT NULL")
+        assert asked == 3
+
+        await world.conn.execute("UPDATE indexer.movement SET canonical = false WHERE block_number = 71")
+        await world.conn.execute("UPDATE indexer.attestation SET witnesses = '{a,b}', next_at = NULL")
+        await world.touch_blocks(70, 72)
+        await world.settle()
+        assert [await world.state(o) for o in (alone, undone, beside)] == ["conflict", "expired", "conflict"]
+
+
+async def test_nothing_expires_beside_an_event_that_is_held_for_a_person(owner_dsn: str) -> None:
+    rules = {BRAND: BrandRules((Policy(Level.INCLUDED),), WalletRules(hold=True))}
+    async with World.at(owner_dsn, rules) as world:
+        leg = world.leg(match="wallet_amount")
+        late = [world.leg(nonce=hexa(world.nonce()), deadline=deadline(100)) for _ in range(2)]
+        operations = [await world.register(leg, each, requestedAt="2026-09-21T14:13:20Z") for each in late]
+        await world.event(60, leg)
+        await world.heads(head=1000, safe=900, finalized=200)
+        await world.cover(0, 1000)
+        assert await world.settle() == []
+        await world.decide(operations[0], await world.conflicting(operations[0]), True)
+        await world.settle()
+        assert [await world.state(o) for o in operations] == ["incomplete", "expired"]
+
+
 async def test_a_deadline_beyond_2_to_the_40_never_expires(world: World) -> None:
     leg = world.leg(nonce=hexa(world.nonce()), deadline=str(2**40 + 1))
     operation = await world.register(leg)

@@ -5,6 +5,7 @@ Each node is a FakeNode on the same chain, or on a fork of it; the loops are the
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -12,10 +13,13 @@ from typing import Any
 import pytest
 
 from indexer.chain import pool as pool_of_endpoints
+from indexer.chain.pool import Node, Pool
+from indexer.chain.rpc import Rpc
 from indexer.commands.wiring import plain
 from indexer.config import Chain
 from indexer.store.database import Database
 from indexer.store.overview import overview
+from indexer.telemetry import Metrics
 from indexer.terminal import status_text
 from tests.fake_node import FakeChain, FakeNode
 from tests.following import FACTORY, caught_up, chain_config, created, eventually, issued, stored, truth
@@ -275,6 +279,29 @@ async def test_an_endpoint_of_another_chain_is_put_aside_and_all_of_them_are_an_
         alone = world_of(database, [stranger, reset], socket=False, chain_id=84532)
         async with alone.running():
             await alone.problem("follow", "WrongChain")
+
+
+async def test_trouble_that_several_loops_notice_counts_once() -> None:
+    """The follower, history and the looks all meet another chain at one endpoint: it is aside for a minute, not for half an hour."""
+    metrics, (sick, well) = Metrics(), (Node(Rpc(f"http://127.0.0.1:{port}")) for port in (1, 2))
+    pool = Pool("fake", 84532, [sick, well], quorum=2, metrics=metrics)
+    now = asyncio.get_running_loop().time
+
+    def aside() -> float:
+        assert sick.put_aside is not None and not pool.usable(sick)
+        return sick.put_aside[2] - now()
+
+    assert pool.quarantine(sick, "lie", "a lie")
+    for _ in range(3):
+        assert pool.quarantine(sick, "wrong_chain", "it serves chain 1")
+    assert aside() <= 60.0
+    sick.put_aside = ("lie", "a lie", now())  # its time is over
+    assert pool.usable(sick)
+    gauge = metrics.registry.get_sample_value
+    assert gauge("loyalty_endpoint_quarantined", {"endpoint": sick.name, "reason": "lie"}) == 0
+    assert gauge("loyalty_endpoint_quarantined", {"endpoint": sick.name, "reason": "wrong_chain"}) in (None, 0)
+    assert pool.quarantine(sick, "wrong_chain", "it serves chain 1") and 60.0 < aside() <= 300.0
+    assert not pool.quarantine(well, "lie", "a lie"), "somebody must be left to ask"
 
 
 @pytest.mark.parametrize(

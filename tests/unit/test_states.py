@@ -176,6 +176,8 @@ def test_the_situation_of_every_pair_of_legs() -> None:
         ([LegFacts(evidence=True, settled=True), LegFacts(dead=True)], {}, Situation.INCOMPLETE),
         ([LegFacts(evidence=True), LegFacts(dead=True)], {}, Situation.CONFIRMING),
         ([LegFacts(), LegFacts(dead=True)], {}, Situation.EXPIRED),
+        ([LegFacts(contested=True), LegFacts(dead=True)], {}, Situation.PENDING),
+        ([LegFacts(evidence=True, settled=True), LegFacts(contested=True)], {}, Situation.CONFIRMING),
         ([LegFacts(evidence=True)], {"cancelled": True}, Situation.CANCELLED),
         ([LegFacts(evidence=True, settled=True)], {"cancelled": True}, Situation.CONFLICT),
         ([LegFacts(evidence=True, settled=True, decided=True)], {"cancelled": True}, Situation.SETTLED),
