@@ -193,7 +193,7 @@ class LegFacts:
     submitted: bool = False  # a partner shows it under way
     failed: bool = False  # a final partner record says failed; a later one may still settle it
     contested: bool = (
-        False  # evidence that may be the leg's, and waits for witnesses or a person: nothing expires beside it
+        False  # evidence that may be the leg's waits: for witnesses, a neighbour, a person; nothing expires beside it
     )
 
 

@@ -116,7 +116,8 @@ class Desk:
             return LegFacts(evidence=True, settled=settled, decided=claim.basis == "decision")
         contested = self.matching.conflicts.get(leg.key)
         conflict = contested is not None and self._counts(contested.evidence)
-        held = leg.key in self.matching.held
+        # for a person's decision, or by a neighbour that must let go of it first
+        held = leg.key in self.matching.held or leg.key in self.matching.claims
         if conflict or held or operation.cancelled or leg.released:
             return LegFacts(conflict=conflict, contested=held)
         if isinstance(leg, PartnerLeg):  # never expires: silence of a partner is age, not failure

@@ -528,6 +528,24 @@ async def test_nothing_expires_beside_an_event_that_is_held_for_a_person(owner_d
         assert [await world.state(o) for o in operations] == ["incomplete", "expired"]
 
 
+async def test_nothing_expires_beside_an_event_that_a_neighbour_has_to_give_up(owner_dsn: str) -> None:
+    """Registered late, of an earlier request: the first event is its own, and the neighbour that holds it gets the second."""
+    async with World.at(owner_dsn, INCLUDED) as world:
+        leg, missing = world.leg(match="wallet_amount", deadline=deadline(100)), world.leg(nonce=hexa(world.nonce()))
+        neighbour = await world.register(leg, missing, requestedAt="2026-09-21T14:13:22Z")
+        await world.event(60, leg)
+        await world.event(61, leg)
+        await world.heads(head=1000, safe=900, finalized=200)
+        await world.cover(0, 1000)
+        await world.settle()
+        assert await world.state(neighbour) == "confirming"
+        late = await world.register(leg, requestedAt="2026-09-21T14:13:20Z")
+        assert await world.settle() == ["operation.ready"]
+        assert [await world.state(o) for o in (neighbour, late)] == ["confirming", "ready"]
+        claims = await world.conn.fetch("SELECT operation_id, block_number FROM indexer.claim")
+        assert dict(map(tuple, claims)) == {late: 60, neighbour: 61}
+
+
 async def test_a_deadline_beyond_2_to_the_40_never_expires(world: World) -> None:
     leg = world.leg(nonce=hexa(world.nonce()), deadline=str(2**40 + 1))
     operation = await world.register(leg)
