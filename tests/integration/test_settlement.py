@@ -540,7 +540,7 @@ async def test_nothing_expires_beside_an_event_that_a_neighbour_has_to_give_up(o
         await world.settle()
         assert await world.state(neighbour) == "confirming"
         late = await world.register(leg, requestedAt="2026-09-21T14:13:20Z")
-        assert await world.settle() == ["operation.ready"]
+        assert await world.settle() == ["operation.ready", "operation.finalized"]
         assert [await world.state(o) for o in (neighbour, late)] == ["confirming", "ready"]
         claims = await world.conn.fetch("SELECT operation_id, block_number FROM indexer.claim")
         assert dict(map(tuple, claims)) == {late: 60, neighbour: 61}
