@@ -48,7 +48,7 @@ from tests.simulation.seeded.story import (
 
 SECRET = "whsec_" + base64.b64encode(b"a secret of the simulation's").decode()
 ACTIVE = (30.0, 70.0)  # virtual seconds of trouble
-QUIET = 240.0  # virtual seconds at most until everything must have come to rest
+QUIET = 400.0  # virtual seconds at most until everything must have come to rest: a second quarantine lasts 300
 LEASE = 15.0
 
 
