@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 from uuid import UUID
@@ -44,7 +45,6 @@ from indexer.telemetry import configure_logging
 
 app = typer.Typer(
     name="indexer",
-    help="Follows loyalty ledgers, settles the operations that brands registered, and signals when to fulfil.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -65,6 +65,21 @@ app.add_typer(sql_users.app, name="sql-user")
 
 
 # ------------------------------------------------------------------------------------------------ running
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"indexer {version('loyalty-settlement-indexer')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _indexer(
+    asked: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Follows loyalty ledgers, settles the operations that brands registered, and signals when to fulfil."""
 
 
 @app.command()

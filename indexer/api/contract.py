@@ -10,16 +10,18 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from indexer.api.auth import authenticated
 from indexer.api.bodies import read_object, shaped
 from indexer.api.problems import (
     BAD_REQUEST,
+    EXPECTATION_FAILED,
     FORBIDDEN,
     INTERNAL,
     NOT_FOUND,
@@ -130,9 +132,8 @@ class Endpoint:
         return tuple(sorted(dict.fromkeys(found), key=lambda kind: (kind.status, kind.slug)))
 
     def route(self) -> web.RouteDef:
-        return (
-            web.route(self.method, self.path, self._serve) if self.method != "GET" else web.get(self.path, self._serve)
-        )
+        method = web.get if self.method == "GET" else partial(web.route, self.method)
+        return method(self.path, self._serve, expect_handler=_expected)
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         token = await authenticated(request, self.scope) if self.scope is not None else None
@@ -160,6 +161,16 @@ class Endpoint:
                 raise Problem(BAD_REQUEST, f"{key} is not text", extra={"field": key})
             found[key] = value.split(",") if known[key] else value
         return found
+
+
+async def _expected(request: web.Request) -> web.StreamResponse | None:
+    """Answers an `Expect`, before any middleware has seen the request: aiohttp's own refusal is no problem+json."""
+    if request.headers["Expect"].lower() != "100-continue":
+        return Problem(EXPECTATION_FAILED, "only 100-continue can be expected").response(uuid4().hex)
+    if request.version == HttpVersion11:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # nothing of the answer has been sent
+    return None
 
 
 def _is_text(value: str) -> bool:

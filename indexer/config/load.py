@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import tomllib
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -248,7 +249,13 @@ class _Loading:
             return None  # already reported
         file = self.folder / path
         try:
-            with file.open("rb") as stream:
+            # not blocking: a named pipe that nobody writes to would hold us up for ever
+            with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
+                if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                    self._problem(
+                        place, f"{file} is not a regular file", "write the secret into one: it is read again on SIGHUP"
+                    )
+                    return None
                 raw = stream.read(MAX_SECRET_BYTES + 1)
             text = raw.decode().strip()
         except FileNotFoundError:
@@ -301,7 +308,11 @@ class _Loading:
         else:
             self._problem(
                 place,
-                message.replace("Input should", "should").replace("Value error, ", ""),
+                message.replace("Input should", "should")
+                .replace("Value error, ", "")
+                .replace(
+                    "Input is not a valid path for <class 'pathlib.Path'>", "should be the path of a folder, as text"
+                ),
                 self.schema.description(place),
             )
 

@@ -245,6 +245,25 @@ async def test_bytes_that_are_not_http_are_a_problem_too(api: Api) -> None:
         assert b'"type":"urn:loyalty:problem:bad-request"' in body and b"Traceback" not in body
 
 
+@pytest.mark.parametrize(("expected", "status"), [("100-continue", "100"), ("nonsense", "417")])
+async def test_what_a_client_expects_is_met_or_refused_as_a_problem(api: Api, expected: str, status: str) -> None:
+    host, port = api.base.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(
+            f"POST /v1/operations HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {api.token}\r\nConnection: close\r\n"
+            f"Content-Type: application/json\r\nContent-Length: 2\r\nExpect: {expected}\r\n\r\n".encode()
+        )
+        async with asyncio.timeout(60):
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.split()[1].decode() == status
+            writer.write(b"{}")
+            rest = head + await reader.read()
+    finally:
+        writer.close()
+    assert b"application/problem+json" in rest and (b"expectation-failed" in rest) == (status == "417")
+
+
 # no time in it: a test's name is the same in every process
 GZIPPED = gzip.compress(b"{}", mtime=0)
 BOMB = b"a bomb"  # made when it is thrown

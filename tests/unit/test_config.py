@@ -485,6 +485,17 @@ def test_a_secret_file_that_is_of_no_use_is_named(
     assert found.where == "brands[0].qiibee.api_key_file" and what in found.what and str(tmp_path / "key") in found.what
 
 
+def test_a_named_pipe_as_a_secret_file_holds_nobody_up(write: Write, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "key")
+    found = only(problems(write(DATABASE, BRAND, '[brands.qiibee]\napi_key_file = "key"')))
+    assert found.where == "brands[0].qiibee.api_key_file" and "is not a regular file" in found.what
+
+
+def test_a_state_dir_that_is_no_text_is_told_in_plain_words(write: Write) -> None:
+    found = only(problems(write("state_dir = 5", DATABASE)))
+    assert found.where == "state_dir" and "pathlib" not in str(found) and "path" in str(found)
+
+
 def test_a_secret_and_its_file_exclude_each_other(write: Write, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("k")
     both = write(DATABASE, BRAND, '[brands.qiibee]\napi_key = "k"\napi_key_file = "key"')
