@@ -126,9 +126,7 @@ class Desk:
                 submitted=leg.key in self.matching.submitted, failed=failure is not None and failure.certain
             )
         submitted = any(hint.status in ("submitted", "mined") for hint in self.teller.about(leg))
-        if (
-            contested is not None
-        ):  # its time did not pass without an event: there is one, and somebody looks who holds it
+        if contested is not None:  # its time did not pass without an event: somebody looks who holds the one there is
             return LegFacts(contested=True, submitted=submitted)
         return LegFacts(dead=await self._expired(operation, leg, alarms), submitted=submitted)
 

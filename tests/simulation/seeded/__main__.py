@@ -153,6 +153,10 @@ async def _mutants(options: argparse.Namespace) -> int:
                 if verdict.wrong and verdict.trace:  # one that was cut off for its real time proves nothing
                     print(f"{name}: caught by seed {seed}: {verdict.wrong[0].strip().splitlines()[-1]}", flush=True)
                     break
+                if verdict.wrong:
+                    print(
+                        f"{name}: seed {seed} was not played: {verdict.wrong[0].strip().splitlines()[-1]}", flush=True
+                    )
             else:
                 survived.append(name)
                 print(f"{name}: SURVIVED", flush=True)

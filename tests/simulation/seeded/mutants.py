@@ -82,6 +82,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _m("expired_before_finality", "indexer.settlement.desk:Desk._expired", (
         "heads.finalized_time_ms < after_ms", "heads.head_time_ms < after_ms"),
         ("if await certainly_expired(self.conn, operation, leg, heads, after_ms):", "if True:")),
+    _m("expires_beside_an_event", "indexer.settlement.desk:Desk._leg_facts", (
+        "if contested is not None:  #", "if False:  #"), seeds=(18,)),
     _m("pairs_greedily", "indexer.model.matching:_Table.by_wallet", (
         "if (m.lane, m.holder, m.loyalty_id, m.bucket, m.amount) == key", "if m.lane == key[0]")),
     _m("terms_not_compared", "indexer.model.matching:_Table.by_nonce", (
