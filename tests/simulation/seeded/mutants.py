@@ -44,6 +44,7 @@ ELUSIVE = frozenset(
     {
         "ancestor_by_number",
         "epoch_forgotten",
+        "expired_before_finality",
         "new_tokens_not_followed",
         "one_node_undoes",
         "rollback_leaves_an_event",
