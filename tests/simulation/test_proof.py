@@ -72,7 +72,6 @@ async def test_an_event_that_the_receipts_do_not_hold_settles_nothing(database: 
             node.lie("eth_getLogs", lambda _, logs: [word_of(log, 3, 1000) for log in logs], times=None)
             node.mine([issued(1)])
             await world.caught_up()
-            await world.reaches(false, "confirming")
             node.heal()
             node.mine([issued(2)])
             await world.caught_up()
