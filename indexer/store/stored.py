@@ -6,7 +6,7 @@ difference means is not decided here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -71,10 +71,6 @@ def differing(ours: Reading, theirs: Reading) -> list[str]:
         pairs: Iterable[tuple[str, Any, Any]] = zip(EVENT_TABLES[field].columns, mine, other, strict=True)
         columns |= {name: None for name, a, b in pairs if a != b}
     return list(columns)
-
-
-def union_of(*readings_: Mapping[Place, Reading]) -> list[Place]:
-    return sorted({place for each in readings_ for place in each})
 
 
 def _place(row: Row) -> Place:
