@@ -247,18 +247,19 @@ RECEIVERS = (
     "dropped by the receiver",
 )
 
-OF_THE_CHAIN = (
-    "F06 reorganisation, one",
-    "F06 reorganisation, two",
-    "F06 reorganisation, ten",
-    "F06 reorganisation, deep",
-    "F07 there and back",
-    "F09 two reorganisations",
-    "F12 a shorter chain",
-    "F13 replaced at the same height",
-    "F14 the chain halts",
-    "F15d created and used in one block",
-)
+#: How often each is chosen, beside the others.
+OF_THE_CHAIN: Mapping[str, int] = {
+    "F06 reorganisation, one": 5,
+    "F06 reorganisation, two": 3,
+    "F06 reorganisation, ten": 3,
+    "F06 reorganisation, deep": 1,
+    "F07 there and back": 2,
+    "F12 a shorter chain": 2,
+    "F09 two reorganisations": 2,
+    "F14 the chain halts": 1,
+    "F15d created and used in one block": 2,
+    "F13 replaced at the same height": 2,
+}
 
 OF_PROCESSES = (
     "F90 killed",
@@ -286,30 +287,36 @@ NAMES = frozenset((*FAULTS, *RECEIVERS, *OF_THE_CHAIN, *OF_PROCESSES, *OF_THE_BR
 
 async def sicken(world: World, until: float) -> None:
     """One node after the other, now and then; each is well again before the next falls ill."""
-    rng = random.Random(f"nodes {world.seed}")
+    rng = world.illness
     several = len(world.nodes) > 1
     names = [*ALONE, *BY_HAND, *(AMONG_OTHERS if several else ())]
     pause = rng.choice([2.0, 5.0, 12.0]) / world.chaos
     while world.loop.now < until:
         await asyncio.sleep(rng.expovariate(1 / pause))
         node, name = rng.choice(world.nodes), rng.choice(names)
-        world.strike(name)
-        world.loop.note(name, node.port)
-        if name == "F85 sockets closed":
-            await node.close_sockets(rng.choice([1001, 1011]))
-        elif name == "F68 sockets cut":
-            await node.abort_sockets()
-        elif name in ("F75 connection refused", "F77 all endpoints down"):
-            down = world.nodes if name[:3] == "F77" else [node]
-            for each in down:
-                await each.stop()
-            await asyncio.sleep(rng.choice([0.5, 5.0, 30.0]))
-            for each in down:
-                await each.start()
-        else:
-            (ALONE.get(name) or AMONG_OTHERS[name])(node, rng)
-            await asyncio.sleep(rng.choice([0.3, 2.0, 8.0]))
-            await recover(world, node)
+        await inflict(world, node, name)
+
+
+async def inflict(world: World, node: FakeNode, name: str) -> None:
+    """One node's trouble, from its beginning to its end."""
+    rng = world.illness
+    world.strike(name)
+    world.loop.note(name, node.port)
+    if name == "F85 sockets closed":
+        await node.close_sockets(rng.choice([1001, 1011]))
+    elif name == "F68 sockets cut":
+        await node.abort_sockets()
+    elif name in ("F75 connection refused", "F77 all endpoints down"):
+        down = world.nodes if name[:3] == "F77" else [node]
+        for each in down:
+            await each.stop()
+        await asyncio.sleep(rng.choice([0.5, 5.0, 30.0]))
+        for each in down:
+            await each.start()
+    else:
+        (ALONE.get(name) or AMONG_OTHERS[name])(node, rng)
+        await asyncio.sleep(rng.choice([0.3, 2.0, 8.0]))
+        await recover(world, node)
 
 
 async def recover(world: World, node: FakeNode) -> None:

@@ -102,11 +102,14 @@ class Partners:
             await asyncio.sleep(rng.expovariate(1 / 8.0))
             partner = rng.choice(self.both)
             for fault in rng.sample(sorted(FAULTS), rng.choice([1, 2])):
-                self.world.strike(f"{FAULTS[fault]} {fault}")
-                rare = fault in ("deleted", "turned", "reincluded")
-                partner.weather.begin(fault, chance=0.03 if rare else rng.choice([0.2, 0.6]))
+                self.begin(partner, fault)
             await asyncio.sleep(rng.choice([2.0, 10.0]))
             partner.weather.end()
+
+    def begin(self, partner: Partner, fault: str) -> None:
+        self.world.strike(f"{FAULTS[fault]} {fault}")
+        rare = fault in ("deleted", "turned", "reincluded")
+        partner.weather.begin(fault, chance=0.03 if rare else self.rng.choice([0.2, 0.6]))
 
     def calm(self) -> None:
         for partner in self.both:

@@ -41,7 +41,9 @@ async def _execute(url: str, *statements: str) -> None:
         await conn.close()
 
 
-def play(seed: int, owner: str, daemon: str, *, verbose: bool = False, lines: bool = False) -> Verdict:
+def play(
+    seed: int, owner: str, daemon: str, *, verbose: bool = False, lines: bool = False, made: type[World] = World
+) -> Verdict:
     """`owner` and `daemon` are URLs with {} for the database's name. Leaves nothing behind but the process's memory."""
     name = f"seed_{os.getpid()}"
     asyncio.run(
@@ -67,7 +69,7 @@ def play(seed: int, owner: str, daemon: str, *, verbose: bool = False, lines: bo
 
     async def whole() -> list[str]:
         await loop.postgres.open(owner.format(name))
-        world.append(World(loop, seed, daemon.format(name)))
+        world.append(made(loop, seed, daemon.format(name)))
         return await world[0].run()
 
     try:

@@ -11,6 +11,7 @@ import base64
 import random
 import signal
 from collections import Counter
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,6 +76,7 @@ class World:
     def __init__(self, loop: VirtualLoop, seed: int, url: str) -> None:
         self.loop, self.seed, self.url = loop, seed, url
         self.rng = random.Random(f"world {seed}")
+        self.illness = random.Random(f"nodes {seed}")
         self.story = Story(loop, seed)
         self.network = loop.network = Network(
             loop, seed, slow=self.rng.choice([0.1, 0.3, 0.6]), latency=self.rng.choice([0.002, 0.02, 0.1])
@@ -178,23 +180,26 @@ class World:
             await asyncio.sleep(rng.choice([0.5, 5.0, 9.0]))
         lost = not self.calm and rng.random() < self.sick_receiver
         if lost:
-            what = rng.choice(["F120", "F122", "F123", "F125", "500", "drop"])
-            self.strike(next(name for name in faults.RECEIVERS if name.startswith(what)))
-            if what == "F120":  # taken, and the answer never comes
-                self.take(received)
-                await asyncio.sleep(12.0)
-            elif what == "F122":
-                return web.Response(status=429, headers={"Retry-After": rng.choice(["1", "3"])})
-            elif what == "F123":
-                return web.Response(status=301, headers={"Location": "http://169.254.169.254/"})
-            elif what == "F125":
-                self.take(received)
-                return web.Response(status=200, text='{"error": "no"}')
-            elif what == "500":
-                return web.Response(status=500)
-            return None
+            return await self.mistreat(received, rng.choice(["F120", "F122", "F123", "F125", "500", "drop"]))
         self.take(received)
         return web.Response(status=204)
+
+    async def mistreat(self, received: Received, what: str) -> web.Response | None:
+        """One answer that is none, or not the one that it should be."""
+        self.strike(next(name for name in faults.RECEIVERS if name.startswith(what)))
+        if what == "F120":  # taken, and the answer never comes
+            self.take(received)
+            await asyncio.sleep(12.0)
+        elif what == "F122":
+            return web.Response(status=429, headers={"Retry-After": self.rng.choice(["1", "3"])})
+        elif what == "F123":
+            return web.Response(status=301, headers={"Location": "http://169.254.169.254/"})
+        elif what == "F125":
+            self.take(received)
+            return web.Response(status=200, text='{"error": "no"}')
+        elif what == "500":
+            return web.Response(status=500)
+        return None
 
     def take(self, received: Received) -> None:
         """The shop: hands over on `ready`, sooner or later, sometimes never."""
@@ -291,37 +296,31 @@ class World:
 
     async def unrest(self, until: float) -> None:
         """The chain's own troubles."""
-        story, rng = self.story, self.rng
+        rng = self.rng
         while self.loop.now < until:
             await asyncio.sleep(rng.expovariate(1 / 6.0))
-            what = rng.choices(
-                ["one", "two", "ten", "deep", "back", "shorter", "twice", "halt", "programme", "same height"],
-                [5, 3, 3, 1, 2, 2, 2, 1, 2, 2],
-            )[0]
-            if what in ("one", "two", "ten", "deep"):
-                self.strike(f"F06 reorganisation, {what}")
-                story.reorganise({"one": 1, "two": 2, "ten": 10, "deep": 130}[what], rng.choice([0, 0, 1, 3]))
-            elif what == "back":
-                self.strike("F07 there and back")
+            await self.shake(rng.choices(list(faults.OF_THE_CHAIN), list(faults.OF_THE_CHAIN.values()))[0])
+
+    async def shake(self, name: str) -> None:
+        """One of the chain's troubles, from its beginning to its end."""
+        story, rng = self.story, self.rng
+        self.strike(name)
+        match name:
+            case "F07 there and back":
                 await story.there_and_back()
-            elif what == "shorter":
-                self.strike("F12 a shorter chain")
+            case "F12 a shorter chain":
                 story.reorganise(rng.choice([3, 8]), -rng.choice([1, 3, 8]))
-            elif what == "twice":
-                self.strike("F09 two reorganisations")
+            case "F09 two reorganisations":
                 story.reorganise(rng.choice([1, 4]))
                 await asyncio.sleep(rng.choice([0.0, 0.05, 0.4]))
                 story.reorganise(rng.choice([2, 6]))
-            elif what == "same height":
-                self.strike("F13 replaced at the same height")
+            case "F13 replaced at the same height":
                 story.reorganise(1, 0)
-            elif what == "halt":
-                self.strike("F14 the chain halts")
+            case "F14 the chain halts":
                 story.halted = True
                 await asyncio.sleep(rng.choice([5.0, 40.0]))
                 story.halted = False
-            else:
-                self.strike("F15d created and used in one block")
+            case "F15d created and used in one block":
                 story.programmes += 1
                 n = story.programmes
                 log = story.action(programme=n).log()
@@ -329,44 +328,60 @@ class World:
                 if rng.random() < 0.5:
                     story.send(Tx(transferred(n)), 1.0)
                 story.send(Tx(story.lookalike()), rng.choice([0.0, 4.0]))
+            case _:
+                depth = {"one": 1, "two": 2, "ten": 10, "deep": 130}[name.rpartition(" ")[2]]
+                story.reorganise(depth, rng.choice([0, 0, 1, 3]))
 
     async def misfortune(self, until: float) -> None:
         """Processes die, freeze, and lose their sessions."""
         rng = self.rng
+        names = (
+            "F90 killed",
+            "F94 frozen",
+            "F95 two leaders",
+            "F91 a session ends",
+            "stopped in good order",
+            "F94 a lease lapses",
+        )
         while self.loop.now < until:
             await asyncio.sleep(rng.expovariate(1 / 9.0))
             alive = [process for process in self.processes if process.runs]
-            if not alive:
-                continue
-            process = rng.choice(alive)
-            what = rng.choices(["kill", "freeze", "second", "session", "stop", "lease"], [4, 2, 2, 3, 1, 1])[0]
-            if what == "kill":
-                self.strike("F90 killed")
+            if alive:
+                process = rng.choice(alive)
+                self.befall(process, rng.choices(names, [4, 2, 2, 3, 1, 1])[0])
+
+    def befall(self, process: Process, name: str) -> None:
+        """One accident of one process."""
+        rng = self.rng
+        if name == "F95 two leaders":
+            if len(self.processes) < 2:
+                self.strike(name)
+                self.start()
+            return
+        if name == "F91 a session ends":
+            if links := [link for link in self.server.links if link.process is process and link.pid]:
+                self.strike(name)
+                self.server.end(rng.choice(links).pid)
+            return
+        self.strike(name)
+        match name:
+            case "F90 killed":
                 self.kill(process)
                 self._later(rng.choice([0.1, 3.0, 20.0]), self._ensure)
-            elif what == "freeze":
-                self.strike("F94 frozen")
+            case "F94 frozen":
                 self._freezes(process)
-            elif what == "second" and len(self.processes) < 2:
-                self.strike("F95 two leaders")
-                self.start()
-            elif what == "session":
-                links = [link for link in self.server.links if link.process is process and link.pid]
-                if links:
-                    self.strike("F91 a session ends")
-                    self.server.end(rng.choice(links).pid)
-            elif what == "stop":
-                self.strike("stopped in good order")
+            case "stopped in good order":
                 process.signals[signal.SIGTERM]() if signal.SIGTERM in process.signals else None
                 self.processes.remove(process)
                 self._later(rng.choice([0.5, 5.0]), self._ensure)
-            elif what == "lease":
-                self.strike("F94 a lease lapses")
+            case "F94 a lease lapses":
                 self.server.set_clock()
                 self.server.ask(
                     "UPDATE indexer.lease SET until = clock_timestamp() - interval '1 second' WHERE task = "
                     f"'{rng.choice(['settle', 'number', 'deliver', f'follow:{CHAIN_ID}', f'history:{CHAIN_ID}'])}'"
                 )
+            case _:
+                raise AssertionError(name)
 
     def _later(self, seconds: float, act: Any) -> None:
         async def later() -> None:
@@ -393,33 +408,49 @@ class World:
             self.strike("F90 killed in a transaction")
             self.loop.note("dies at", sql)
             return self._dies(link, after=self.crash_at % 2 == 1)
-        chance = rng.random() / self.chaos
+        name = self.accident(sql, rng.random() / self.chaos, in_transaction=link.status == "T")
+        return None if name is None else self.at_statement(link, name)
+
+    def accident(self, sql: str, chance: float, *, in_transaction: bool) -> str | None:
+        """Which accident befalls this statement, if any."""
         if sql.startswith("COMMIT"):
             if chance < 0.004:
-                self.strike("F91 COMMIT lost")
-                return "lost"
+                return "F91 COMMIT lost"
             if chance < 0.012:
-                self.strike("F91 COMMIT unacknowledged")
-                return "unacknowledged"
+                return "F91 COMMIT unacknowledged"
             if chance < 0.016:
-                self.strike("F90 killed at COMMIT")
-                return self._dies(link, after=rng.random() < 0.5)
+                return "F90 killed at COMMIT"
             if chance < 0.019:
-                self.strike("F92 serialization failure")
-                return failure("40001", "could not serialize access")
-        elif link.status == "T" and chance < 0.0008:
-            self.strike("F92 deadlock")
-            return failure("40P01", "deadlock detected")
-        elif link.status == "T" and chance < 0.0014:
-            self.strike("F96 disk full")
-            return failure("53100", "could not extend file: No space left on device")
-        elif link.status == "T" and chance < 0.0022:
-            self.strike("F90 killed in a transaction")
-            return self._dies(link, after=rng.random() < 0.5)
-        elif link.status == "T" and chance < 0.003:
-            self.strike("F94 frozen in a transaction")
-            self.loop.call_soon(self._freezes, link.process)
+                return "F92 serialization failure"
+        elif in_transaction:
+            if chance < 0.0008:
+                return "F92 deadlock"
+            if chance < 0.0014:
+                return "F96 disk full"
+            if chance < 0.0022:
+                return "F90 killed in a transaction"
+            if chance < 0.003:
+                return "F94 frozen in a transaction"
         return None
+
+    def at_statement(self, link: Link, name: str) -> str | bytes | None:
+        self.strike(name)
+        match name:
+            case "F91 COMMIT lost":
+                return "lost"
+            case "F91 COMMIT unacknowledged":
+                return "unacknowledged"
+            case "F92 serialization failure":
+                return failure("40001", "could not serialize access")
+            case "F92 deadlock":
+                return failure("40P01", "deadlock detected")
+            case "F96 disk full":
+                return failure("53100", "could not extend file: No space left on device")
+            case "F94 frozen in a transaction":
+                self.loop.call_soon(self._freezes, link.process)
+                return None
+            case _:
+                return self._dies(link, after=self.server.rng.random() < 0.5)
 
     def _freezes(self, process: Process) -> None:
         """Stands still where it is, and another may take over."""
@@ -465,18 +496,22 @@ class World:
                 await asyncio.sleep(0.5)
             until = loop.now + rng.uniform(*ACTIVE)
             self.sick_receiver, self.slow_receiver = rng.choice([0.0, 0.1, 0.4]), rng.choice([0.0, 0.1])
-            troubles = [self.commerce(until), self.unrest(until)]
-            if rng.random() < 0.75 and self.crash_at is None:
-                troubles.append(self.misfortune(until))
-            if rng.random() < 0.75:
-                troubles.append(faults.sicken(self, until))
-            if self.partners:
-                troubles += [self.partners.trade(until), self.partners.storms(until)]
-            await asyncio.gather(*(asyncio.create_task(trouble) for trouble in troubles))
+            await asyncio.gather(*(asyncio.create_task(trouble) for trouble in self.troubles(until)))
             wrong = await self.rest()
             for task in tasks:
                 task.cancel()
             return wrong
+
+    def troubles(self, until: float) -> list[Coroutine[Any, Any, None]]:
+        """What happens at once, until then."""
+        troubles = [self.commerce(until), self.unrest(until)]
+        if self.rng.random() < 0.75 and self.crash_at is None:
+            troubles.append(self.misfortune(until))
+        if self.rng.random() < 0.75:
+            troubles.append(faults.sicken(self, until))
+        if self.partners:
+            troubles += [self.partners.trade(until), self.partners.storms(until)]
+        return troubles
 
     async def rest(self) -> list[str]:
         """The faults cease; the chain goes on until all is finalized; then everything must be as the truth says."""
