@@ -121,6 +121,9 @@ class Metrics:
             "unattested_blocks", "Claimed blocks that wait for witnesses or proof", ("chain",)
         )
         self.failovers = self._counter("failovers", "Times that an endpoint took over", ("chain", "endpoint"))
+        self.endpoint_behind = self._gauge(
+            "endpoint_behind_seconds", "Chain time that its head is behind the newest", ("chain", "endpoint")
+        )
         self.quarantined_endpoints = self._gauge("endpoint_quarantined", "1 while not trusted", ("endpoint", "reason"))
         self.checks = self._counter("checks", "Checks of answers: pass, skip, fail", ("check", "outcome", "endpoint"))
         self.partner_requests = self._counter(

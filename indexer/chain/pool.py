@@ -167,6 +167,12 @@ class Pool:
         stuck = asyncio.get_running_loop().time() - node.advanced_at > STUCK
         return self.usable(node) and node.seen is not None and node.trouble is None and not stuck
 
+    def compare(self, node: Node) -> None:
+        """Shows how far its head is behind the newest that was seen; called straight after a look at it."""
+        if self._metrics is not None:
+            newest = max(other.time_s for other in self.nodes)
+            self._metrics.endpoint_behind.labels(self.chain, node.name).set(newest - node.time_s)
+
     def standing(self, node: Node) -> tuple[str, str | None]:
         """For status: 'live', 'behind', 'apart', 'failing', 'quarantined' or 'unknown', and why."""
         if node.put_aside is not None and not self.usable(node):

@@ -59,7 +59,8 @@ class Rpc:
 
     `requests_per_second` paces (each item of a batch counts; less where the endpoint says that it is too much), `timeout` is in seconds and covers one request from the first
     byte sent to the last byte read, `max_body` in bytes after decompression. `observe(endpoint, method, outcome, seconds)`
-    hears of every request. Every method raises RpcError subclasses and nothing else; reading ranges, a Lie besides.
+    hears of every request, and once more, with no seconds, of what turns out to be wrong with its answer: an item of a batch that failed or is
+    missing, null for a block that was asked for, another block than that. Every method raises RpcError subclasses and nothing else; reading ranges, a Lie besides.
     """
 
     def __init__(
@@ -185,9 +186,12 @@ class Rpc:
             "eth_getBlockReceipts", [hex0x(block_hash)], list[RawReceipt] | None, f"block {_short(block_hash)}"
         )
         try:
-            return await self._transport.call(call)
+            receipts = await self._transport.call(call)
         except UnknownBlock:
             return None
+        if receipts is None:
+            self._transport.found(call, Kind.BLOCK_NOT_FOUND)
+        return receipts
 
     async def receipt(self, tx_hash: Hash32) -> RawReceipt | None:
         """The receipt of a transaction; None where the node knows of none: never sent, still waiting, or lost."""
@@ -344,7 +348,8 @@ class Rpc:
             if at in ("safe", "finalized") and no_such_tag:
                 return None
             raise answer
-        if answer is None:
+        if answer is None:  # as if it had said so in one of the other ways
+            self._transport.found(call, Kind.FINALITY_UNKNOWN if at in ("safe", "finalized") else Kind.BLOCK_NOT_FOUND)
             return None
         header: RawHeader = answer
         misfit = self._misfit(call, "that block")
@@ -359,6 +364,7 @@ class Rpc:
 
     def _misfit(self, call: Call[Any], wanted: str) -> Callable[[str], BadAnswer]:
         def error(got: str) -> BadAnswer:
+            self._transport.found(call, Kind.MISFIT)
             return BadAnswer(
                 f"asked for {wanted}, it answered {got}",
                 endpoint=self.name,

@@ -40,6 +40,7 @@ class Kind(StrEnum):
     REDIRECT = "redirect"
     DENIED = "denied"
     MISFIT = "misfit"
+    LEFT_OUT = "left_out"  # of a batch
     SILENT = "silent"
     UNKNOWN = "unknown"
 

@@ -19,9 +19,10 @@ from indexer.chain.follower import follow
 from indexer.chain.heads import HeadStream
 from indexer.chain.integrity import Outcome
 from indexer.chain.lookups import answer_lookups
-from indexer.chain.pool import Node, Pool
+from indexer.chain.pool import CountOf, Node, Pool
 from indexer.chain.reading import Task
 from indexer.chain.rpc import Rpc
+from indexer.chain.transport import Observe
 from indexer.chain.witnesses import watched
 from indexer.config import Chain
 from indexer.store.leases import Lease
@@ -33,6 +34,30 @@ class Progress(Protocol):
     """Hears how far history is: blocks done and to do in this run, and events found."""
 
     def __call__(self, chain: str, done: int, total: int, events: int) -> None: ...
+
+
+def counting_requests(metrics: Metrics) -> Observe:
+    """What an endpoint's client tells of, counted."""
+
+    def observe(name: str, method: str, outcome: str, seconds: float | None) -> None:
+        if seconds is not None:
+            metrics.rpc_requests.labels(name, method).inc()
+            metrics.rpc_seconds.labels(name).observe(seconds)
+        if outcome != "ok":
+            metrics.rpc_errors.labels(name, outcome).inc()
+
+    return observe
+
+
+def counting_checks(metrics: Metrics) -> CountOf:
+    """What the checks of answers tell of, counted."""
+
+    def count(endpoint: str, check: str, outcome: Outcome) -> None:
+        metrics.checks.labels(check, outcome.value, endpoint).inc()
+        if outcome is Outcome.FAIL:
+            metrics.rpc_lies.labels(endpoint, check).inc()
+
+    return count
 
 
 class ChainRuntime:
@@ -48,17 +73,6 @@ class ChainRuntime:
     async def open(
         cls, chain: Chain, metrics: Metrics, wakeups: Wakeups, rng: random.Random, progress: Progress | None = None
     ) -> AsyncIterator[ChainRuntime]:
-        def observe(name: str, method: str, outcome: str, seconds: float) -> None:
-            metrics.rpc_requests.labels(name, method).inc()
-            metrics.rpc_seconds.labels(name).observe(seconds)
-            if outcome != "ok":
-                metrics.rpc_errors.labels(name, outcome).inc()
-
-        def count(endpoint: str, check: str, outcome: Outcome) -> None:
-            metrics.checks.labels(check, outcome.value, endpoint).inc()
-            if outcome is Outcome.FAIL:
-                metrics.rpc_lies.labels(endpoint, check).inc()
-
         async with AsyncExitStack() as stack:
             nodes = []
             for place, (name, endpoint) in enumerate(zip(chain.endpoint_names, chain.rpc, strict=True)):
@@ -67,7 +81,7 @@ class ChainRuntime:
                     name=name,
                     requests_per_second=endpoint.requests_per_second,
                     rng=rng,
-                    observe=observe,
+                    observe=counting_requests(metrics),
                 )
                 nodes.append(Node(await stack.enter_async_context(rpc), chain.role_of(place), place))
             pool = Pool(
@@ -75,7 +89,7 @@ class ChainRuntime:
                 chain.chain_id,
                 nodes,
                 quorum=chain.quorum,
-                count=count,
+                count=counting_checks(metrics),
                 metrics=metrics,
                 observe=chain.integrity == "observe",
             )

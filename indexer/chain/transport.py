@@ -39,7 +39,8 @@ from indexer.chain.rpc_errors import (
 )
 
 T = TypeVar("T")
-Observe = Callable[[str, str, str, float], None]  # endpoint, method, outcome, seconds
+# endpoint, method, outcome, seconds; None: what was found out later of a request that was told already
+Observe = Callable[[str, str, str, float | None], None]
 UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # the last for JSON nested too deeply
 Headers = tuple[str | None, str | None]  # Retry-After, Date
 
@@ -169,7 +170,17 @@ class Transport:
             for answer in answers:
                 if isinstance(answer, RateLimited):
                     raise answer
+        for call, answer in zip(calls, answers, strict=True):
+            if answer is self.MISSING:
+                self.found(call, Kind.LEFT_OUT)
+            elif isinstance(answer, RpcError):
+                self.found(call, answer.kind)
         return answers
+
+    def found(self, call: Call[Any], kind: Kind) -> None:
+        """Tells of a failure that only the answer's content showed: the request as such went well."""
+        if self._observe is not None:
+            self._observe(self.name, call.method, str(kind), None)
 
     def _by_id(
         self, whole: Call[Any], items: list[Answer[msgspec.Raw]], status: int, headers: Headers

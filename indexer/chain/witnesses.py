@@ -50,6 +50,7 @@ async def _watch(pool: Pool, node: Node, seconds: float) -> None:
                 await pool.identify(node)
                 await look(pool, node)
                 node.trouble = None
+                pool.compare(node)
             except WrongChain as wrong:
                 pool.quarantine(node, "wrong_chain", str(wrong))
                 node.trouble = str(wrong)

@@ -467,8 +467,8 @@ async def test_concurrency_is_bounded() -> None:
 async def test_every_request_is_observed() -> None:
     seen: list[tuple[str, str, str]] = []
 
-    def observe(endpoint: str, method: str, outcome: str, seconds: float) -> None:
-        assert seconds >= 0
+    def observe(endpoint: str, method: str, outcome: str, seconds: float | None) -> None:
+        assert seconds is not None and seconds >= 0
         seen.append((endpoint, method, outcome))
 
     async with FakeNode() as node, Rpc(node.url, name="mine", observe=observe, timeout=2) as rpc:
@@ -486,6 +486,38 @@ async def test_every_request_is_observed() -> None:
         ("mine", "eth_chainId", "timeout"),
         ("mine", "eth_getLogs", "range"),
     ]
+
+
+async def test_what_is_wrong_with_an_answer_is_told_beside_the_request_that_went_well() -> None:
+    seen: list[tuple[str, str]] = []
+
+    def observe(endpoint: str, method: str, outcome: str, seconds: float | None) -> None:
+        if seconds is None:
+            seen.append((method, outcome))
+
+    async with FakeNode() as node, Rpc(node.url, observe=observe) as rpc:
+        node.mine(blocks=9)
+        await rpc.headers([1, 2, 3])
+        assert seen == []
+        assert await rpc.header(99) is None
+        assert await rpc.header(Hash32(b"\1" * 32)) is None
+        assert await rpc.receipts(Hash32(b"\1" * 32)) is None
+        assert seen == [
+            ("eth_getBlockByNumber", "block_not_found"),
+            ("eth_getBlockByHash", "block_not_found"),
+            ("eth_getBlockReceipts", "block_not_found"),
+        ]
+        seen.clear()
+        node.safe, node.missing_tag = None, "null"
+        assert await rpc.header("safe") is None
+        node.lie("eth_getBlockByNumber", lambda _, header: header | {"number": "0x5"}, times=1)
+        with raises(BadAnswer, Kind.MISFIT):
+            await rpc.header(4)
+        assert seen == [("eth_getBlockByNumber", "finality_unknown"), ("eth_getBlockByNumber", "misfit")]
+        seen.clear()
+        node.batch_lie = lambda answers: answers[1:]
+        await rpc.headers([1, 2])
+        assert seen == [("eth_getBlockByNumber", "left_out")]
 
 
 async def test_a_cancelled_call_leaves_the_endpoint_usable() -> None:
