@@ -5,10 +5,10 @@ Promises that each kind of oddity moves a counter of its own, and that a partner
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import asyncpg
 import structlog
@@ -25,9 +25,12 @@ from indexer.store.wakeups import Wakeups
 from indexer.telemetry import Metrics
 
 HEALTH_SECONDS: Final = 30.0  # between writings of a health that did not change
+TRIES: Final = 3  # of a transaction that waits for another in a circle
 CLOCK_SKEW_MS: Final = 10_000  # ahead of our clock: more is told; nothing relies on it
 
 log = structlog.get_logger(__name__)
+
+Found = TypeVar("Found")
 
 #: What is odd in a partner's answers: the label of one counter.
 Oddity = Literal[
@@ -125,16 +128,27 @@ class Desk:
 
     # ---------------------------------------------------------------- the store
 
-    @asynccontextmanager
-    async def writing(self) -> AsyncIterator[tuple[asyncpg.Connection, Stored]]:
-        """A leased transaction; what it adds to the Stored is touched before it commits, counted and told after."""
-        stored = Stored()
-        async with self.lease.transaction() as conn:
-            yield conn, stored
-            await store.touch_partner_legs(conn, self.account.brand, stored.touched)
+    async def write(self, body: Callable[[asyncpg.Connection, Stored], Awaitable[Found]]) -> Found:
+        """A leased transaction; what the body adds to the Stored is touched before it commits, counted and told after.
+
+        The body is begun anew where it and somebody else waited for each other (PostgreSQL ends one of the two): it goes by what
+        it reads in the transaction, and by what a partner's answer holds.
+        """
+        for left in reversed(range(TRIES)):
+            stored = Stored()
+            try:
+                async with self.lease.transaction() as conn:
+                    found = await body(conn, stored)
+                    await store.take_over(conn, self.account, stored)
+                    await store.touch_partner_legs(conn, self.account.brand, stored.touched)
+                break
+            except asyncpg.DeadlockDetectedError:
+                if not left:
+                    raise
         if stored.touched:
             self.wakeups.poke("facts")
         self.count_stored(stored)
+        return found
 
     async def note_health(self) -> None:
         """Writes how the account fares where that changed, or was written long ago."""

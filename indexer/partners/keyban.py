@@ -229,7 +229,8 @@ class KeybanPoller:
     async def _store(self, wallet: OpenWallet, walk: Walk, began: float) -> None:
         desk, ledger, name = self._desk, self._ledger, wallet.wallet
         since_ms = None if wallet.first_look is None or wallet.last_look is None else int(wallet.last_look * 1000)
-        async with desk.writing() as (conn, stored):
+
+        async def body(conn: Connection, stored: store.Stored) -> tuple[list[store.RecordRow], bool]:
             known = await store.current_records(conn, desk.account, walk.rows.keys())
             rows = [
                 desk.record(
@@ -253,6 +254,9 @@ class KeybanPoller:
                 news = bool(stored.touched) or wallet.first_look is None or bool(wallet.legs)
                 await accounts.looked(conn, desk.account, [name], began, swept=swept, news=news)
             await lookups.ask_chain(conn, questions_of([t for row in rows for t in row.transfers]))
+            return rows, swept
+
+        rows, swept = await desk.write(body)
         if since_ms is not None:
             late = since_ms - 60_000
             desk.count("late", sum(1 for r in rows if r.version == 1 and r.time_ms is not None and r.time_ms < late))

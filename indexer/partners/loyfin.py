@@ -21,6 +21,7 @@ from indexer.partners.schedule import SLOWEST, pause
 from indexer.store import partner_accounts as accounts
 from indexer.store import partner_hints as hints
 from indexer.store import partners as store
+from indexer.store.connection import Connection
 from indexer.store.partner_hints import HintRow, OwnEvent
 from indexer.store.partners import RecordRow
 
@@ -282,7 +283,8 @@ class LoyfinPoller:
                     if (word := str(table(row).get(field))) not in words:
                         desk.unknown_word(field, word[:40])
             found[record] = (hint, {key: value for key, value in table(row).items() if key != "signature"})
-        async with desk.writing() as (conn, stored):
+
+        async def body(conn: Connection, stored: store.Stored) -> tuple[set[str], int]:
             known = await store.current_records(conn, desk.account, found.keys())
             records: list[RecordRow] = [
                 desk.record(record, raw, known.get(record), "", None, None, _read) for record, (_, raw) in found.items()
@@ -292,6 +294,9 @@ class LoyfinPoller:
             changed = await hints.store_hints(
                 conn, desk.account, [h for key, (h, _) in found.items() if h and key in news]
             )
+            return news, changed
+
+        news, changed = await desk.write(body)
         if changed:
             desk.wakeups.poke("facts")
         return bool(news)

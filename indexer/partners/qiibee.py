@@ -30,6 +30,7 @@ from indexer.partners.transactions import (
 from indexer.store import partner_accounts as accounts
 from indexer.store import partner_listings as listings
 from indexer.store import partners as store
+from indexer.store.connection import Connection
 
 LIMIT: Final = 100  # never more: what the API does with more is not stated
 OVERLAP: Final = 10  # rows that two pages share: rows of one second have no order
@@ -214,7 +215,8 @@ class QiibeePoller:
         # looks read the newest page alone: what has no time of its own came after the history was last read whole
         whole = state.get("swept_whole")
         since_ms = None if whole is None else int(whole * 1000)
-        async with desk.writing() as (conn, stored):
+
+        async def body(conn: Connection, stored: store.Stored) -> list[store.RecordRow]:
             known = await store.current_records(conn, desk.account, rows.keys())
             found = [
                 desk.record(
@@ -235,6 +237,9 @@ class QiibeePoller:
             stored += await listings.still_there(conn, desk.account, list(rows), self._keep)
             if times:
                 await accounts.save_state(conn, desk.account, times)
+            return found
+
+        found = await desk.write(body)
         if last is not None:
             late = (last - 60) * 1000
             desk.count("late", sum(1 for r in found if r.version == 1 and r.time_ms is not None and r.time_ms < late))
@@ -257,11 +262,14 @@ class QiibeePoller:
         since = None if everything else now - HORIZON
         reading = await self._range(since, now, state)
         since_ms = None if since is None else int(since) * 1000
-        async with desk.writing() as (conn, stored):
+
+        async def body(conn: Connection, stored: store.Stored) -> None:
             if reading.whole and (reading.ids or now - swept >= EMPTY_ALONE):
                 stored += await listings.sweep(conn, desk.account, "", reading.ids, since_ms, int(now) * 1000)
             times = {"swept": now} | ({"swept_whole": now} if everything else {})
             await accounts.save_state(conn, desk.account, times)
+
+        await desk.write(body)
 
     async def _range(self, since: float | None, until: float, state: dict[str, Any]) -> Reading:
         """Every row between two times, stored page by page, and read again until all that is counted was seen.

@@ -68,6 +68,8 @@ async def settle(
         try:
             async with lease.transaction() as conn:
                 done = await reconcile(conn, rules, explorers, batch=batch)
+        except asyncpg.DeadlockDetectedError:
+            continue  # a poller and we waited for each other: it goes on, and we begin anew with what it stored
         except DEFECTS:
             # one operation that we cannot work out must not stop the others: find it, put it off, say so
             if batch == 1:

@@ -20,7 +20,7 @@ from indexer.model.signal import Signal
 from indexer.model.standing import AnyEvidence, Attestation, Block, block_of
 from indexer.settlement.desk import Desk, Pass
 from indexer.settlement.rules import BrandRules, standing_of, with_contracts
-from indexer.store import attestations, neighbourhood, operations, unmatched
+from indexer.store import attestations, neighbourhood, operations, partner_evidence, unmatched
 from indexer.store.connection import Connection
 from indexer.store.neighbourhood import Neighbourhood
 from indexer.store.operations import Changes, Operation
@@ -56,7 +56,7 @@ async def reconcile(
     # way round: of facts that were read between two looks, only what both looks say holds.
     since = await operations.heads(conn)
     heads = {chain: seen.least(since[chain]) for chain, seen in heads.items() if chain in since}
-    matching = _match(around, rules)
+    matching = await _matched(conn, around, rules)
     done.repeated = matching.repeated
     changes = Changes()
     standing = standing_of(heads, rules, done.now_ms, await _attested(conn, heads, around))
@@ -79,6 +79,24 @@ async def _attested(conn: Connection, heads: Mapping[int, Heads], around: Neighb
     demanding = {chain for chain, seen in heads.items() if seen.quorum > 1 or seen.proof != "off"}
     blocks = {block for block in found if block is not None and block[0] in demanding}
     return await attestations.load(conn, blocks) if blocks else {}
+
+
+async def _matched(conn: Connection, around: Neighbourhood, rules: Mapping[str, BrandRules]) -> Matching:
+    """The matching whose new claims on partners' records hold: what another brand is having meanwhile is no evidence here."""
+    stored = {(claim.leg, claim.evidence_id) for claim in around.claims}
+    while True:
+        matching = _match(around, rules)
+        brands = {transfer.id: transfer.brand for transfer in around.transfers}
+        wanted = {
+            claim.evidence_id: brands[claim.evidence_id]
+            for key, claim in matching.claims.items()
+            if key[0] in around.operations and claim.evidence_id in brands and (key, claim.evidence_id) not in stored
+        }
+        held = await partner_evidence.hold(conn, wanted) if wanted else set()
+        if held == wanted.keys():
+            return matching
+        lost = wanted.keys() - held
+        around.transfers = [transfer for transfer in around.transfers if transfer.id not in lost]
 
 
 def _match(around: Neighbourhood, rules: Mapping[str, BrandRules]) -> Matching:

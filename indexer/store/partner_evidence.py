@@ -1,12 +1,12 @@
 """Partners' facts as the settling room reads them: legs that wait for records, the records, our looks at chains, hints.
 
-Reads only, in the caller's transaction; the pollers write these tables (`partners.py`). A group is what is paired at once:
+Reads and holds, in the caller's transaction; the pollers write these tables (`partners.py`). A group is what is paired at once:
 brand, kind, wallet and amount. What a `ready` has left on is settled, and is not read again for others' sake.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -104,6 +104,23 @@ async def transfers_for(conn: Connection, groups: Iterable[Group], ids: Sequence
                 [row["id"] for row in rows],
             )
     return await transfers_of_rows(conn, rows)
+
+
+async def hold(conn: Connection, wanted: Mapping[UUID, str]) -> set[UUID]:
+    """Of these records (→ brand) those that the brand's account shows still, and goes on to until the caller commits.
+
+    To be asked before a claim on them is written: another brand's poller may be about to have them (`partners.take_over`), is
+    waited for, and finds the claim afterwards. Pollers of the brand itself are not in the way (partner_transfer_pk).
+    """
+    rows = await conn.fetch(
+        """
+        SELECT t.id FROM unnest($1::uuid[], $2::text[]) AS w (id, brand)
+        JOIN indexer.partner_transfer t ON t.id = w.id AND t.brand = w.brand FOR KEY SHARE OF t
+        """,
+        list(wanted),
+        list(wanted.values()),
+    )
+    return {row[0] for row in rows}
 
 
 def _columns(groups: Iterable[Group]) -> tuple[list[str], list[str], list[str], list[int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from operator import itemgetter
 from typing import Any
 from uuid import UUID
 
@@ -92,12 +93,25 @@ class Stored:
     withdrawn: int = 0
     foreign: int = 0  # evidence that another brand's account has shown: it is that brand's
     touched: set[tuple[str, str]] = field(default_factory=set)  # (kind, wallet)
+    others: list[Foreign] = field(
+        default_factory=list
+    )  # evidence that another brand's account has shown: `take_over` sees to it
 
     def __iadd__(self, other: Stored) -> Stored:
         for name in ("new", "changed", "unsettled", "returned", "missing", "withdrawn", "foreign"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.touched |= other.touched
+        self.others += other.others
         return self
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """Evidence in a record, and another brand's row of it."""
+
+    transfer: TransferRow
+    after_ms: int | None
+    news: bool  # the record says something that it did not say before
 
 
 # --------------------------------------------------------------------------- records
@@ -120,7 +134,8 @@ async def current_records(conn: Connection, account: Account, record_ids: Collec
 async def store_records(conn: Connection, account: Account, records: Sequence[RecordRow]) -> Stored:
     """A listing's records: new versions, and the evidence wherever it differs from what is stored.
 
-    Evidence that a record no longer speaks of stops counting; of a record that cannot be read it stays as it was.
+    Evidence that a record no longer speaks of stops counting; of a record that cannot be read it stays as it was. What another
+    brand's account has shown is left alone, and noted.
     """
     stored = Stored()
     ids = [record.record_id for record in records]
@@ -138,17 +153,12 @@ async def store_records(conn: Connection, account: Account, records: Sequence[Re
             ids,
         )
     }
-    found = [transfer for record in records for transfer in record.transfers]
     others = {
         row[0]
         for row in await conn.fetch(
-            f"""
-            SELECT t.id FROM unnest($1::uuid[], $3::numeric[]) AS new (id, amount) JOIN indexer.partner_transfer t ON t.id = new.id
-            WHERE t.brand <> $2 AND NOT ({_free("$2::text", "new.amount")})
-            """,  # noqa: S608 - partner_transfer_pk
-            [transfer.id for transfer in found],
+            "SELECT id FROM indexer.partner_transfer WHERE id = ANY ($1::uuid[]) AND brand <> $2",  # partner_transfer_pk
+            [transfer.id for record in records for transfer in record.transfers],
             account.brand,
-            [transfer.amount for transfer in found],
         )
     }
     rows: list[tuple[Any, ...]] = []
@@ -156,8 +166,9 @@ async def store_records(conn: Connection, account: Account, records: Sequence[Re
     for record, transfer in ((each, transfer) for each in records for transfer in each.transfers):
         told.add(transfer.id)
         was = before.get(transfer.id)
+        after_ms = None if transfer.undated else record.after_ms
         if transfer.id in others:
-            stored.foreign += record.version is not None
+            stored.others.append(Foreign(transfer, after_ms, record.version is not None))
             continue
         if transfer.doubtful and was is not None and transfer.status != "failed":
             continue  # some of what it says cannot be read: unknown is not undone
@@ -167,31 +178,9 @@ async def store_records(conn: Connection, account: Account, records: Sequence[Re
         if was is not None and was["status"] in SETTLED and not stands:
             stored.unsettled += not was["withdrawn"]
         stored.touched.add((transfer.kind, transfer.wallet))
-        rows.append(
-            (
-                transfer.id,
-                *account,
-                transfer.kind,
-                transfer.record_id,
-                transfer.wallet,
-                transfer.token,
-                transfer.amount,
-                transfer.amount_text,
-                transfer.time_ms,
-                transfer.undated,
-                transfer.status,
-                transfer.network,
-                transfer.chain_id,
-                transfer.tx_hashes[-1] if transfer.tx_hashes else None,
-                list(transfer.tx_hashes),
-                transfer.block_number,
-                transfer.status in SETTLED,
-                stands,
-                None if transfer.undated else record.after_ms,
-                list(transfer.transfers),
-            )
-        )
-    await conn.executemany(_UPSERT, rows)
+        rows.append(_row(account, transfer, after_ms, stands=stands, taken=False))
+    # by id: two brands that store the same new records at the same time wait for each other in one direction
+    await conn.executemany(_UPSERT, sorted(rows, key=itemgetter(0)))
     scopes = {record.record_id: record.scope for record in records if record.readable}
     silent = [
         row
@@ -207,13 +196,43 @@ async def store_records(conn: Connection, account: Account, records: Sequence[Re
             """
             UPDATE indexer.partner_transfer SET status = 'pending', amount = NULL, amount_text = NULL, settled_at = NULL,
                 seen_at = clock_timestamp()
-            WHERE id = ANY ($1::uuid[])
+            WHERE id = ANY ($1::uuid[]) AND brand = $2
             """,
             [row["id"] for row in silent],
+            account.brand,
         )
         stored.unsettled += sum(row["status"] in SETTLED and not row["withdrawn"] for row in silent)
         stored.touched |= {(row["kind"], row["wallet"]) for row in silent}
     return stored
+
+
+def _row(
+    account: Account, transfer: TransferRow, after_ms: int | None, *, stands: bool, taken: bool
+) -> tuple[Any, ...]:
+    """Arguments of `_UPSERT`. `stands`: what it settled by is as it was; `taken`: it is another brand's, locked, and free."""
+    return (
+        transfer.id,
+        *account,
+        transfer.kind,
+        transfer.record_id,
+        transfer.wallet,
+        transfer.token,
+        transfer.amount,
+        transfer.amount_text,
+        transfer.time_ms,
+        transfer.undated,
+        transfer.status,
+        transfer.network,
+        transfer.chain_id,
+        transfer.tx_hashes[-1] if transfer.tx_hashes else None,
+        list(transfer.tx_hashes),
+        transfer.block_number,
+        transfer.status in SETTLED,
+        stands,
+        after_ms,
+        list(transfer.transfers),
+        taken,
+    )
 
 
 def _place(row: asyncpg.Record) -> tuple[object, ...]:
@@ -251,24 +270,59 @@ async def _store_versions(conn: Connection, account: Account, records: Sequence[
             stored.changed += 1
 
 
-def _free(brand: str, amount: str) -> str:
-    """Whether a brand may have evidence that another brand's account has shown: nothing stands on it, and it is gone there, or
-    nobody's account any more, or a leg of its own waits for such a one (claim_evidence_id_key, partner_account_pk, leg_partner_idx).
+async def take_over(conn: Connection, account: Account, stored: Stored) -> None:
+    """Of the evidence that another brand's account has shown, takes what is free; the rest is counted as foreign.
+
+    Free: nothing stands on it, and it is gone there, or nobody's account any more, or a leg of this brand's waits for such a one.
+    That is judged under a lock which whoever claims it wants too (`partner_evidence.hold`): a claim that is written and not
+    committed keeps it, and what we take is not claimed for the other any more. The last that a poller's transaction does to
+    evidence: with the rows of others in hand it waits for nobody, so nobody waits for it in a circle.
     """
-    states = ", ".join(f"'{state}'" for state in OPEN)
-    return f"""
-        NOT EXISTS (SELECT FROM indexer.claim c WHERE c.evidence_id = t.id)
-        AND (t.withdrawn_at IS NOT NULL OR NOT EXISTS (
+    may = await _free(conn, account, stored.others) if stored.others else set()
+    if may:
+        locked = {
+            row[0]: row[1]
+            for row in await conn.fetch(
+                "SELECT id, brand FROM indexer.partner_transfer WHERE id = ANY ($1::uuid[]) FOR UPDATE SKIP LOCKED",
+                list(may),
+            )
+        }
+        # asked in a statement of its own: it sees what was committed before the lock was ours
+        may = await _free(conn, account, [each for each in stored.others if each.transfer.id in locked])
+        ours = [each for each in stored.others if each.transfer.id in may]
+        await conn.executemany(
+            _UPSERT, [_row(account, each.transfer, each.after_ms, stands=False, taken=True) for each in ours]
+        )
+        pairs = {(each.transfer.kind, each.transfer.wallet) for each in ours}
+        stored.touched |= pairs
+        for brand in {locked[each.transfer.id] for each in ours} - {account.brand}:
+            await touch_partner_legs(conn, brand, pairs)
+    stored.foreign += sum(each.news for each in stored.others if each.transfer.id not in may)
+
+
+async def _free(conn: Connection, account: Account, others: Sequence[Foreign]) -> set[UUID]:
+    """partner_transfer_pk; claim_evidence_id_key, partner_account_pk, leg_partner_idx and claim_pk row by row."""
+    rows = await conn.fetch(
+        """
+        SELECT t.id FROM unnest($2::uuid[], $3::numeric[]) AS new (id, amount) JOIN indexer.partner_transfer t ON t.id = new.id
+        WHERE t.brand <> $1 AND NOT EXISTS (SELECT FROM indexer.claim c WHERE c.evidence_id = t.id)
+          AND (t.withdrawn_at IS NOT NULL OR NOT EXISTS (
                 SELECT FROM indexer.partner_account a WHERE a.brand = t.brand AND a.partner = t.partner AND a.active)
             OR EXISTS (
                 SELECT FROM indexer.leg l JOIN indexer.operation o ON o.id = l.operation_id
-                WHERE l.wallet_id = t.wallet AND l.amount = {amount} AND l.kind = t.kind AND o.brand = {brand} AND o.state IN ({states})))
-    """  # noqa: S608 - words of ours
+                WHERE l.wallet_id = t.wallet AND l.amount = new.amount AND l.kind = t.kind AND o.brand = $1 AND o.state = ANY ($4::text[])
+                  AND NOT EXISTS (SELECT FROM indexer.claim c WHERE c.operation_id = l.operation_id AND c.leg = l.leg)))
+        """,
+        account.brand,
+        [each.transfer.id for each in others],
+        [each.transfer.amount for each in others],
+        OPEN,
+    )
+    return {row[0] for row in rows}
 
 
-# A time that the record did not have before is taken over, and ends `undated`; one that was known is not forgotten. What another
-# brand's account has shown is that brand's, unless it is free.
-_UPSERT = f"""
+# A time that the record did not have before is taken over, and ends `undated`; one that was known is not forgotten.
+_UPSERT = """
 INSERT INTO indexer.partner_transfer AS t (id, brand, partner, kind, record_id, wallet, token, amount, amount_text, time_ms, after_ms,
     undated, status, network, chain_id, tx_hash, tx_hashes, block_number, settled_at, transfers)
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, coalesce($10::bigint, $20::bigint), CASE WHEN $10::bigint IS NULL THEN $20::bigint END,
@@ -280,8 +334,8 @@ ON CONFLICT (id) DO UPDATE SET brand = excluded.brand, token = excluded.token, a
     transfers = excluded.transfers,
     seen_at = clock_timestamp(), settled_at = CASE WHEN $19 THEN t.settled_at ELSE excluded.settled_at END, withdrawn_at = NULL,
     unmatched_look_at = CASE WHEN $19 THEN t.unmatched_look_at ELSE clock_timestamp() END
-WHERE t.brand = excluded.brand OR ({_free("excluded.brand", "excluded.amount")})
-"""  # noqa: S608
+WHERE t.brand = excluded.brand OR $22::boolean
+"""
 
 
 async def touch_partner_legs(conn: Connection, brand: str, touched: Iterable[tuple[str, str]]) -> None:

@@ -118,13 +118,14 @@ async def unmatched_transfers(conn: Connection, quiet_ms: int, limit: int) -> li
     """Partners' records whose time to be looked at has come, without a claim, whether they count (yet) or not.
 
     partner_transfer_unmatched_idx. What a leg claims, what has no time of its own, and what is older than the brand's
-    `unmatched_since` is put aside first: it is told to nobody. A record is given `quiet_ms` to find its registration.
+    `unmatched_since` is put aside first: it is told to nobody. A record is given `quiet_ms` to find its registration. Those that a
+    poller is writing have their turn next time: nobody is waited for, and until the commit none of these changes.
     """
     await conn.execute(
         """
         WITH due AS MATERIALIZED (
             SELECT t.id, t.brand, t.undated, t.status, t.time_ms, t.first_seen_at FROM indexer.partner_transfer t
-            WHERE t.unmatched_look_at <= (SELECT clock_timestamp()) ORDER BY t.unmatched_look_at LIMIT $1 FOR UPDATE SKIP LOCKED)
+            WHERE t.unmatched_look_at <= (SELECT clock_timestamp()) ORDER BY t.unmatched_look_at LIMIT $1 FOR NO KEY UPDATE SKIP LOCKED)
         UPDATE indexer.partner_transfer t SET unmatched_look_at = NULL
         FROM due JOIN indexer.brand b ON b.name = due.brand
              LEFT JOIN LATERAL (SELECT true AS held FROM indexer.claim c WHERE c.evidence_id = due.id OFFSET 0) AS c ON true
@@ -138,7 +139,7 @@ async def unmatched_transfers(conn: Connection, quiet_ms: int, limit: int) -> li
         f"""
         SELECT {TRANSFER} FROM indexer.partner_transfer t JOIN indexer.brand b ON b.name = t.brand AND b.active
         WHERE t.unmatched_look_at <= (SELECT clock_timestamp()) AND t.first_seen_at <= clock_timestamp() - $2 * interval '1 millisecond'
-        ORDER BY t.unmatched_look_at LIMIT $1
+        ORDER BY t.unmatched_look_at LIMIT $1 FOR NO KEY UPDATE OF t SKIP LOCKED
         """,  # noqa: S608
         limit,
         quiet_ms,

@@ -36,6 +36,7 @@ from indexer.store import (
     operations,
     overview,
     partner_accounts,
+    partner_evidence,
     partner_hints,
     partner_listings,
     partners,
@@ -390,6 +391,10 @@ async def _pollers(watched: Watched, conn: asyncpg.Connection) -> None:
     )  # fmt: skip
     stored = await partners.store_records(db, account, [partners.RecordRow("new", 1, {}, wallet, 1, (transfer,))])
     assert stored.new == 1
+    await partners.take_over(
+        db, account._replace(brand="another"), partners.Stored(others=[partners.Foreign(transfer, None, True)])
+    )
+    assert await partner_evidence.hold(db, {transfer.id: BRAND}) == {transfer.id}
     await partner_listings.still_there(db, account, list(known.records), 60.0)
     for _ in range(2):
         stored = await partner_listings.sweep(db, account, wallet, ["new"], 0, 10**12)
