@@ -314,7 +314,8 @@ class Loyfin(Section):
     )
     poll: Seconds = Field(default=15.0, description="Fastest pause between looks at one operation, in seconds.")
     requests_per_second: Rate = Field(
-        default=1.0, description="What the key may ask; accounts with one key share it, and the lowest counts."
+        default=1.0,
+        description="What may arrive in any second with the key; accounts with one key share it, and the lowest counts.",
     )
 
 
@@ -338,7 +339,8 @@ class Keyban(Section):
     )
     poll: Seconds = Field(default=5.0, description="Fastest pause between looks at one account, in seconds.")
     requests_per_second: Rate = Field(
-        default=1.0, description="What the key may ask; accounts with one key share it, and the lowest counts."
+        default=1.0,
+        description="What may arrive in any second with the key; accounts with one key share it, and the lowest counts.",
     )
     window: Seconds = Field(
         default=3600.0, description="An order belongs to an operation up to so many seconds after requestedAt."
@@ -363,7 +365,8 @@ class Qiibee(Section):
     api_key: SecretStr = Field(min_length=1, json_schema_extra=_SECRET, description="The API key.")
     poll: Seconds = Field(default=10.0, description="Fastest pause between looks, in seconds.")
     requests_per_second: Rate = Field(
-        default=1.0, description="What the key may ask; accounts with one key share it, and the lowest counts."
+        default=1.0,
+        description="What may arrive in any second with the key; accounts with one key share it, and the lowest counts.",
     )
     settle_after: Delay = Field(default=60.0, description="Seconds that a successful transaction must stand unchanged.")
     success: tuple[StatusWord, ...] = Field(

@@ -1,4 +1,4 @@
-"""One client for every partner: GET a JSON document, at a pace that all pollers of one key share.
+"""One client for every partner: GET a JSON document, within a budget that all pollers of one key share.
 
 Promises a document or a named error that says what came instead, in words that hold neither the key nor a person's name;
 bodies and times are capped, redirects not followed. What a document means is left to the pollers, and so is asking again
@@ -23,6 +23,7 @@ from indexer.telemetry import redact
 
 ATTEMPTS: Final = 3  # of one request; then its poller decides
 REFUSALS_SHOWN: Final = 3
+BROKEN_OFF: Final = ("timeout", "cancelled")  # outcomes of ours: the request may arrive all the same
 
 #: (endpoint, outcome, seconds) of every request.
 Observe = Callable[[str, str, float], None]
@@ -166,7 +167,7 @@ class Client:
             denied = Denied(self.who, endpoint, "stopped", "the key was refused and is not used", refusal.status)
             denied.wide = refusal.wide
             raise self._noted(denied, subject)
-        if (quiet := await self.credential.turn(endpoint)) is not None:
+        if (quiet := await self.credential.turn()) is not None:
             limited = Limited(self.who, endpoint, "quiet", f"it asked for quiet, for another {quiet:.0f} s")
             self.health.note("it asked for quiet", limited.outcome)
             limited.retry_after = quiet
@@ -182,6 +183,7 @@ class Client:
             outcome = error.outcome
             raise self._noted(error, subject) from None
         finally:
+            self.credential.over(broken_off=outcome in BROKEN_OFF)
             self._observe(endpoint, outcome, self._clock.now() - started)
         self.credential.worked(endpoint, subject)
         self.health.worked(endpoint, self._clock.wall(), subject)

@@ -1,6 +1,7 @@
-"""A key at a partner, and what all pollers that use it share: the pace, the quiet that was asked for, and whether it is accepted.
+"""A key at a partner, and what all pollers that use it share: the budget, the quiet that was asked for, and whether it is accepted.
 
-Promises that the partner never counts more requests than the rate, and that what is refused is asked again by a probe alone.
+Promises that the partner never counts more requests than the budget (`budget.py` says how), whoever asked with the key before, and
+that what is refused is asked again by a probe alone.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from dataclasses import dataclass
 from random import Random
 from typing import Final
 
+from indexer.partners.budget import Budget
+
 LONGEST_QUIET: Final = 3600.0  # seconds, whatever a Retry-After says
 LONGEST_WAIT: Final = 30.0  # seconds that a request waits for its turn before it says so instead
 BACKOFF: Final = 60.0  # seconds, the longest pause that we choose ourselves
 PROBE: Final = 300.0  # seconds between looks whether a refused key is accepted again
 DOUBTS: Final = 3  # subjects refused in a row (403), none answered between: then it is the endpoint that is refused
-MARGIN: Final = 0.02  # of the pause between requests: they arrive less evenly than they leave
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +41,15 @@ class Refusal:
 
 
 class Credential:
-    """What all pollers of one key share: the pace, the quiet that was asked for, and whether it is accepted.
+    """What all pollers of one key share: the budget, the quiet that was asked for, and whether it is accepted.
 
-    Requests are `1 / rate` seconds apart at least, and a little, without bursts; who asked first goes first.
+    Who asked first goes first. Every request that `turn` lets go is ended with `over`.
     """
 
     def __init__(self, rate: float, clock: Clock, rng: Random) -> None:
-        self.rate, self._clock, self._rng = rate, clock, rng
-        self._next = 0.0
+        self._clock, self._rng = clock, rng
+        self._budget = Budget(rate)
+        self._still_ours: Callable[[], None] = lambda: None
         self._queue = asyncio.Lock()  # first come, first served
         self._quiet_until = 0.0
         self._failures = 0  # requests in a row that failed for good, or were told to wait
@@ -58,26 +61,41 @@ class Credential:
         """Seconds for which nothing will be asked."""
         return max(0.0, self._quiet_until - self._clock.now())
 
-    def slower(self, rate: float) -> None:
-        """Another account with the same key: the lower pace counts."""
-        self.rate = min(self.rate, rate)
+    @property
+    def rate(self) -> float:
+        """Requests a second."""
+        return self._budget.rate
 
-    async def turn(self, endpoint: str) -> float | None:
-        """Waits for a place. Answers seconds of quiet instead where those are too long to wait for."""
+    def slower(self, rate: float) -> None:
+        """Another account with the same key: the lower budget counts."""
+        self._budget.allow(min(self.rate, rate))
+
+    def begin(self, idle: float | None, still_ours: Callable[[], None]) -> None:
+        """Asking is up to us now. `idle`: for how many seconds it had been up to nobody; None: it never was anybody's before us.
+
+        `still_ours` raises once it may be up to somebody else: a process that was frozen learns it there, before it asks.
+        """
+        if idle is not None:
+            self._budget.inherit(self._clock.now(), idle)
+        self._still_ours = still_ours
+
+    async def turn(self) -> float | None:
+        """Waits for a place in the budget, and takes it. Answers seconds of quiet instead where those are too long to wait for."""
         async with self._queue:
             while True:
                 now = self._clock.now()
-                at = max(now, self._next)
-                if self._quiet_until > at:
-                    if self._quiet_until - now > LONGEST_WAIT:
-                        return self._quiet_until - now
-                    at = self._quiet_until
-                if at > now:
-                    await self._clock.sleep(at - now)
-                # from when it really goes: who was woken late must not be followed too soon
-                self._next = max(at, self._clock.now()) + (1 + MARGIN) / self.rate
-                if self._quiet_until <= self._clock.now():  # else somebody was told meanwhile to be quiet
+                if self._quiet_until - now > LONGEST_WAIT:
+                    return self._quiet_until - now
+                at = max(self._budget.opening(now), self._quiet_until)
+                if at <= now:
+                    self._still_ours()
+                    self._budget.take(now)
                     return None
+                await self._clock.sleep(at - now)
+
+    def over(self, *, broken_off: bool) -> None:
+        """The request that was let go has ended. `broken_off`: by us, and it may still be under way."""
+        self._budget.over(self._clock.now(), broken_off=broken_off)
 
     def stopped(self, endpoint: str, subject: str = "") -> Refusal | None:
         """The refusal that forbids a request now. The first to ask after `PROBE` seconds is let through."""

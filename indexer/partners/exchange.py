@@ -1,6 +1,7 @@
 """One GET over the wire: a whole answer of a bounded size in a bounded time, or a word for why there is none.
 
-Follows no redirect, keeps no cookie, uses no proxy from the environment, and lets no exception through that could show the URL.
+Sends it once and follows no redirect, keeps no cookie, uses no proxy from the environment, and lets no exception through that could
+show the URL.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class Http:
             timeout=aiohttp.ClientTimeout(total=self._timeout),
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
+            middlewares=(_once,),
         )
         return self
 
@@ -98,6 +100,14 @@ class Http:
         )
 
 
+async def _once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    """One request and no second one: aiohttp repeats a GET unseen when a kept connection breaks, which no budget knows of."""
+    try:
+        return await send(request)
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as why:
+        raise _unreached(why) from None
+
+
 def _unreached(why: Exception) -> Unanswered:
     """In words that cannot hold the URL: aiohttp's own may."""
     match why:
@@ -111,6 +121,8 @@ def _unreached(why: Exception) -> Unanswered:
         case aiohttp.ClientConnectorError() | aiohttp.ClientOSError():
             said = f" ({os.strerror(why.errno)})" if why.errno else ""
             return Unanswered("unreachable", f"no connection{said}")
+        case aiohttp.ServerDisconnectedError():
+            return Unanswered("unreachable", "it closed the connection without an answer")
         case aiohttp.ClientPayloadError():
             return Unanswered("broken", "the answer broke off, or its compression is broken")
         case aiohttp.ClientResponseError():

@@ -1,6 +1,6 @@
 """The partners of a configuration at work in this process: clients, keys that are shared, and a task for each key.
 
-Accounts with one key are polled under one lease, so that its pace holds however many replicas run; each account alone where
+Accounts with one key are polled under one lease, so that its budget holds however many replicas run; each account alone where
 keys differ. A partner that is dead stops nobody: its errors stay in its poller.
 """
 
@@ -68,7 +68,7 @@ async def open_client(
     rng: Random,
     observe: Observe,
 ) -> AsyncIterator[Client]:
-    """A client for one account; with a pace of its own where no credential is given."""
+    """A client for one account; with a budget of its own where no credential is given."""
     key = key_of(section)
     async with Http(section.url, {KEY_HEADERS[account.partner]: key} if key else {}) as http:
         yield Client(
@@ -91,8 +91,7 @@ class PartnerRuntime:
         self._config, self._metrics, self._wakeups, self._clock = config, metrics, wakeups, clock
         self.tasks: dict[str, Body] = {}
         for group in groups:
-            name = f"poll:{group[0].account.partner}:" + "+".join(member.brand.name for member in group)
-            self.tasks[name] = self._body(group)
+            self.tasks[_task_of(group[0])] = self._body(group)
 
     @classmethod
     @asynccontextmanager
@@ -119,6 +118,7 @@ class PartnerRuntime:
 
     def _body(self, group: Sequence[Member]) -> Body:
         async def poll(lease: Lease) -> None:
+            group[0].client.credential.begin(lease.idle, lease.check)
             try:
                 async with asyncio.TaskGroup() as tasks:
                     for member in group:
@@ -138,6 +138,13 @@ class PartnerRuntime:
         return KeybanPoller(
             desk, ledger_of(member.brand.name, section, self._config), section.poll, keep=section.finalized_after or 0.0
         )
+
+
+def _task_of(member: Member) -> str:
+    """Of whoever uses that key, so that its budget is one whatever else is configured: a key is one brand's, no key is everybody's."""
+    section = member.section
+    whose = member.brand.name if key_of(section) else hashlib.sha256(section.url.encode()).hexdigest()[:8]
+    return f"poll:{member.account.partner}:{whose}"
 
 
 def _cause(errors: BaseExceptionGroup[BaseException]) -> BaseException:

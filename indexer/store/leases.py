@@ -42,14 +42,25 @@ _RENEW = """
 # Only on the epoch that was seen: of two that saw it lapse, one wins. `holder = $3`: an epoch of our own that nobody here holds.
 _TAKE = """
     UPDATE indexer.lease
-       SET holder = $3, epoch = epoch + 1, until = clock_timestamp() + $4 * interval '1 second',
+       SET holder = $3, epoch = epoch + 1, until = clock_timestamp() + $4 * interval '1 second', released_at = NULL,
            sessions = (SELECT jsonb_build_array(jsonb_build_object('pid', pid, 'started', backend_start, 'role', usename))
                          FROM pg_stat_activity WHERE pid = pg_backend_pid())
      WHERE task = $1 AND epoch = $2 AND (holder IS NULL OR holder = $3 OR until <= clock_timestamp())
     RETURNING epoch
 """
 
-_RELEASE = "UPDATE indexer.lease SET holder = NULL, until = NULL WHERE task = $1 AND epoch = $2 AND holder = $3"
+_RELEASE = """
+    UPDATE indexer.lease SET holder = NULL, until = NULL, released_at = clock_timestamp()
+     WHERE task = $1 AND epoch = $2 AND holder = $3
+"""
+
+# Primary key. `idle`: a holder that is gone may have worked until the lease lapsed; of one that a restoration voided nothing is known.
+_SEEN = """
+    SELECT epoch, holder, holder IS NOT NULL AND until > clock_timestamp() AS held,
+           CASE WHEN epoch > 0 THEN greatest(
+               0, coalesce(extract(epoch FROM clock_timestamp() - coalesce(released_at, until)), 0))::float8 END AS idle
+      FROM indexer.lease WHERE task = $1
+"""
 
 
 class LeaseLost(Exception):
@@ -74,14 +85,28 @@ class SessionsWillNotEnd(Exception):
 
 
 class Lease:
-    """A task held: who, since which epoch, and the session that writes for it."""
+    """A task held: who, since which epoch, and the session that writes for it.
 
-    def __init__(self, task: str, epoch: int, holder: uuid.UUID, connection: asyncpg.Connection, asked: float) -> None:
+    `margin`: seconds after `asked` for which it is ours for certain. `idle`: seconds for which nobody had held it before, at least;
+    None where nobody ever had.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        epoch: int,
+        holder: uuid.UUID,
+        connection: asyncpg.Connection,
+        asked: float,
+        margin: float,
+        idle: float | None,
+    ) -> None:
         self.task = task
         self.epoch = epoch
         self.holder = holder
         self.connection = connection
         self.asked = asked  # the loop's time before the database read its clock: our margin is never the longer one
+        self.margin, self.idle = margin, idle
         self._lost: str | None = None
         self._busy = asyncio.Lock()
         self._user: asyncio.Task[object] | None = None
@@ -94,6 +119,13 @@ class Lease:
         """Mark as lost; the first reason stays. Returns the error to raise."""
         self._lost = self._lost or why
         return LeaseLost(self.task, self.epoch, self._lost)
+
+    def check(self) -> None:
+        """For what no fence guards, directly before it. Raises LeaseLost where another may have taken over while this process slept."""
+        if self._lost is None and asyncio.get_running_loop().time() > self.asked + self.margin:
+            self.lose("it could not be renewed in time")
+        if self._lost is not None:
+            raise self.lose(self._lost)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[asyncpg.Connection]:
@@ -173,10 +205,7 @@ class Leases:
         Raises SessionsWillNotEnd, DatabaseUnavailable, asyncpg's errors.
         """
         pool = self._database.pool
-        row = await pool.fetchrow(
-            "SELECT epoch, holder, holder IS NOT NULL AND until > clock_timestamp() AS held FROM indexer.lease WHERE task = $1",
-            task,
-        )
+        row = await pool.fetchrow(_SEEN, task)
         if row is None:
             await pool.execute("INSERT INTO indexer.lease (task) VALUES ($1) ON CONFLICT DO NOTHING", task)
             return await self.acquire(task)
@@ -202,7 +231,7 @@ class Leases:
         if epoch is None:
             await connection.close()
             return None
-        return Lease(task, epoch, self.holder, connection, asked)
+        return Lease(task, epoch, self.holder, connection, asked, self.ttl * 2 / 3, row["idle"])
 
     async def _end_sessions(self, connection: asyncpg.Connection, task: str, epoch: int) -> None:
         """End what the holder before wrote with, and wait until it is gone: only then may the epoch rise."""
@@ -227,7 +256,7 @@ class Leases:
             # a third of the ttl, spread, so that replicas do not ask in step
             await asyncio.sleep(self.ttl / 3 * self._rng.uniform(0.5, 1.5))
         try:
-            async with asyncio.timeout_at(lease.asked + self.ttl * 2 / 3) as scope:
+            async with asyncio.timeout_at(lease.asked + lease.margin) as scope:
                 async with self._renewing(lease, scope):
                     yield lease
         except TimeoutError as error:
@@ -275,7 +304,7 @@ class Leases:
                 _move(scope, loop.time())
                 return
             lease.asked = asked
-            _move(scope, asked + self.ttl * 2 / 3)
+            _move(scope, asked + lease.margin)
             pause = self.ttl / 3
 
     async def _release(self, lease: Lease) -> None:

@@ -83,6 +83,7 @@ lease = Table(
     # [{"pid": 123, "started": "…"}]: the backends that the holder writes with; a take-over terminates them first
     Column("sessions", JSONB, nullable=False, server_default=text("'[]'::jsonb")),
     Column("until", Time),
+    Column("released_at", Time),  # by its last holder; null while it is held, and where it lapsed
 )
 
 brand = Table(

@@ -245,6 +245,7 @@ def create_tables() -> None:
     sa.Column('epoch', sa.BigInteger(), server_default=sa.text('0'), nullable=False),
     sa.Column('sessions', postgresql.JSONB(), server_default=sa.text("'[]'::jsonb"), nullable=False),
     sa.Column('until', postgresql.TIMESTAMP(timezone=True), nullable=True),
+    sa.Column('released_at', postgresql.TIMESTAMP(timezone=True), nullable=True),
     sa.PrimaryKeyConstraint('task', name=op.f('lease_pk')),
     schema='indexer'
     )

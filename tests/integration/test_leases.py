@@ -214,6 +214,30 @@ async def test_a_released_lease_is_free_at_once_under_a_new_epoch(database: Data
             assert second.epoch == first.epoch + 1
 
 
+async def test_a_lease_says_for_how_long_nobody_had_held_it(database: Database) -> None:
+    """So that what goes on outside, where no fence reaches, can wait for what the holder before left under way."""
+
+    async def since(column: str) -> None:
+        await database.pool.execute(f"UPDATE indexer.lease SET {column} = {column} - interval '70 seconds'")
+
+    leases = Leases(database, ttl=60)
+    async with leases.hold(TASK) as lease:
+        assert lease.idle is None
+        lease.check()
+    async with leases.hold(TASK) as lease:
+        assert lease.idle is not None and lease.idle < 60
+    await since("released_at")
+    lease = await leases.acquire(TASK)  # and nobody renews it
+    assert lease is not None and lease.idle is not None and 70 <= lease.idle < 130
+    await since("until")
+    other = await Leases(database, ttl=60).acquire(TASK)
+    assert other is not None and other.idle is not None and 10 <= other.idle < 70
+    await other.connection.close()
+    lease = Lease(TASK, 1, leases.holder, other.connection, asyncio.get_running_loop().time() - 41, 40, None)
+    with pytest.raises(LeaseLost, match="renewed in time"):  # by our own clock: nothing may be done in its name
+        lease.check()
+
+
 async def test_cancelling_the_holder_releases_the_lease(database: Database) -> None:
     held = asyncio.Event()
 

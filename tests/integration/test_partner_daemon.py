@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from indexer.cli import app
 from indexer.config import Config
-from indexer.daemon import serve
+from indexer.daemon import apply_configuration, serve
+from indexer.partners import budget as budget_module
 from indexer.partners.balances import partner_balances
 from indexer.sandbox.partners.app import Hosted
 from indexer.sandbox.partners.faults import CODES
@@ -176,9 +177,32 @@ async def test_legs_of_every_partner_settle_in_any_weather(database: Database, d
         assert [row[0] for row in bases] == ["wallet_amount"]
 
 
-async def test_a_reload_takes_a_new_key_and_new_accounts_and_leaves_the_rest_alone(
-    database: Database, dsn: str, tmp_path: Any
+async def test_a_restart_stays_within_the_budget(
+    database: Database, dsn: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Who begins knows nothing of what was asked a moment ago, but that somebody may have."""
+    monkeypatch.setattr(budget_module, "UNDER_WAY", 0.5)
+    keyban = Keyban(seed=1, clock=time.time, keys=[KEY])
+    keyban.needs_wallet = True
+    async with Hosted(keyban) as k:
+        section = {"url": k.url, "network": "StellarTestnet", "api_key": KEY, "requests_per_second": 1}
+        config = configured(dsn, tmp_path, keyban=section)
+        await apply_configuration(database, config)
+        for number in range(20):
+            mint = {"kind": "keyban.mint", "walletId": keyban.open_account().wallet, "amount": "10"}
+            await register(database, f"m{number}", mint)
+        for wanted in (2, 4, 6):
+            async with running(config), asyncio.timeout(20):
+                while len(keyban.calls) < wanted:
+                    await asyncio.sleep(0.01)
+    assert keyban.peak(1.0) == 1
+
+
+async def test_a_reload_takes_a_new_key_and_new_accounts_and_leaves_the_rest_alone(
+    database: Database, dsn: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget_module, "UNDER_WAY", 0.1)
+
     async def epochs() -> dict[str, int]:
         rows = await database.pool.fetch("SELECT task, epoch FROM indexer.lease WHERE holder IS NOT NULL")
         return {row["task"]: row["epoch"] for row in rows}

@@ -81,6 +81,17 @@ async def test_trouble_is_told_once_by_kind_until_all_is_well(database: Database
         assert kinds.count("the partner answers again") == 1 and len(kinds) <= 4  # 5xx, 429, and the quiet after it
 
 
+async def test_a_request_is_sent_once_and_each_time_counted(database: Database) -> None:
+    """A kept connection that breaks is no licence to ask again unseen: the partner counts that too."""
+    time = Time()
+    partner = Qiibee(seed=8, clock=time.now, keys=[KEY])
+    async with office(database, partner, time, name="qiibee", base=BASE, header="X-API-KEY") as desk:
+        assert await _ask(desk) is None
+        partner.weather.begin("dropped")
+        assert "it closed the connection without an answer" in (await _ask(desk) or "")
+        assert len(partner.calls) == 4 and desk.outcomes() == {"ok": 1.0, "unreachable": 3.0}
+
+
 async def test_half_a_transaction_is_reported_without_the_person_in_it(database: Database) -> None:
     time = Time()
     partner = Qiibee(seed=7, clock=time.now, keys=[KEY])

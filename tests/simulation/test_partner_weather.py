@@ -60,8 +60,7 @@ PATIENCE = 60.0
 FAULTS: Mapping[str, tuple[Mapping[str, float], Sequence[frozenset[str]]]] = {
     "F110": (
         {
-            # a connection that was used before is tried once more by the client, so only two drops in a row are seen
-            "server_error": 0.06, "rate_limited": 0.06, "silence": 0.03, "dropped": 0.3, "html": 0.06, "endless_body": 0.04,
+            "server_error": 0.06, "rate_limited": 0.06, "silence": 0.03, "dropped": 0.06, "html": 0.06, "endless_body": 0.04,
             "cut_off": 0.06,
         },
         [
