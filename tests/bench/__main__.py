@@ -1,6 +1,7 @@
 """`python -m tests.bench [names…] [--json] [--scale X]`: runs benchmarks one after the other and prints what they found.
 
-Nothing passes or fails here: figures depend on the machine and on what else it does, which the report says.
+Figures depend on the machine and on what else it does, which the report says. Where something was promised whatever the machine does,
+and was not kept, it is named and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -65,8 +66,16 @@ def main() -> None:
         report[name] = result
         if not asked.json:
             show(console, name, BENCHES[name].table(result), BENCHES[name].NOTE)
+    broken = [
+        f"{name}: {why}"
+        for name, bench in BENCHES.items()
+        if name in report and hasattr(bench, "broken")
+        for why in bench.broken(report[name])
+    ]
     if asked.json:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(report), indent=2).decode() + "\n")
+    if broken:
+        sys.exit("\n".join(broken))
 
 
 def show(console: Console, title: str, rows: list[tuple[str, ...]], note: str) -> None:

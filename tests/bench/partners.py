@@ -2,7 +2,8 @@
 
 The poller as the daemon runs it, beside the reconciler, asks a simulated Keyban over HTTP that takes 200 ms for every answer.
 Wallets start at rest with open legs; then their orders settle one after the other, and each leg's age at settlement is the
-time from its transaction's inclusion to its `ready`. Runs in real time, for about two rounds of all wallets.
+time from its transaction's inclusion to its `ready`. Runs in real time, for about two rounds of all wallets. Fails where the simulator
+saw more requests in any second than the budget, where a leg did not settle, or settled later than two rounds would take.
 """
 
 from __future__ import annotations
@@ -163,6 +164,20 @@ def _requests(metrics: Metrics) -> int:
             if sample.name == "loyalty_partner_requests_total"
         )
     )
+
+
+def broken(result: dict[str, Any]) -> list[str]:
+    """What was promised and not kept."""
+    found = []
+    if result["most_in_a_second"] > result["budget_per_second"]:
+        found.append(
+            f"{result['most_in_a_second']} requests within one second, {result['budget_per_second']:g} allowed"
+        )
+    if result["settled"] < result["legs"]:
+        found.append(f"{result['legs'] - result['settled']} legs did not settle")
+    elif result["age_p99_s"] > result["age_bound_s"]:
+        found.append(f"age at settlement (p99) {result['age_p99_s']} s, {result['age_bound_s']} s promised")
+    return found
 
 
 def table(result: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -364,7 +364,7 @@ def test_operations_are_read_by_a_cursor_that_shifts_with_nothing(bench: Bench) 
 # --------------------------------------------------------------------------- quotas and determinism
 
 
-def test_a_quota_refuses_until_its_window_ends_and_says_so_in_three_ways(bench: Bench) -> None:
+def test_a_quota_refuses_until_its_stretch_is_over_and_says_so_in_three_ways(bench: Bench) -> None:
     bench.clock.now = 1_795_170_000.0
     bench.keyban.quota = Quota(2, 10)
     replies = [get(bench.keyban, ORDERS) for _ in range(5)]
@@ -376,6 +376,10 @@ def test_a_quota_refuses_until_its_window_ends_and_says_so_in_three_ways(bench: 
     bench.clock.pass_by(10)
     assert get(bench.keyban, ORDERS).status == 200
     assert (bench.keyban.peak(), bench.keyban.refused_by_quota) == (5, 3)
+    bench.clock.pass_by(9)  # a stretch begins wherever it likes: with the request before, this is the second of it
+    assert [get(bench.keyban, ORDERS).status for _ in range(2)] == [200, 429]
+    bench.clock.pass_by(1)
+    assert [get(bench.keyban, ORDERS).status for _ in range(2)] == [200, 429]
 
 
 def test_the_same_seed_tells_the_same_story(bench: Bench) -> None:

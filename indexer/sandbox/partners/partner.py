@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 from indexer.sandbox.partners.faults import Weather, limited
 from indexer.sandbox.partners.movement import Movement
@@ -20,7 +21,10 @@ CALLS_KEPT = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """So many requests in each window of so many seconds, over all keys; then 429 until the window ends."""
+    """At most so many answered requests in any stretch of so many seconds, over all keys; then 429 until the first of them lies further back.
+
+    So `peak` counts: who stays within it by that is never refused.
+    """
 
     requests: int
     seconds: float
@@ -53,7 +57,7 @@ class Partner(ABC):
         self.movements: dict[str, Movement] = {}
         self.calls: deque[Call] = deque(maxlen=CALLS_KEPT)
         self.refused_by_quota = 0
-        self._window = (-1, 0)  # number of the quota's window, and requests in it
+        self._admitted: deque[float] = deque()  # times of requests within the quota, of its last stretch
 
     # ---- requests
 
@@ -79,15 +83,14 @@ class Partner(ABC):
     def _over_quota(self) -> Reply | None:
         if self.quota is None:
             return None
-        now = self.clock()
-        window = int(now // self.quota.seconds)
-        used = self._window[1] + 1 if window == self._window[0] else 1
-        self._window = (window, used)
-        if used <= self.quota.requests:
+        now, admitted = self.clock(), self._admitted
+        while admitted and now - admitted[0] >= self.quota.seconds:
+            admitted.popleft()
+        if len(admitted) < self.quota.requests:
+            admitted.append(now)
             return None
         self.refused_by_quota += 1
-        wait = (window + 1) * self.quota.seconds - now
-        return limited(self.refused_by_quota, now, max(1, int(-(-wait // 1))))
+        return limited(self.refused_by_quota, now, max(1, ceil(admitted[0] + self.quota.seconds - now)))
 
     def peak(self, seconds: float = 1.0) -> int:
         """The most calls within any stretch of so many seconds."""
