@@ -29,6 +29,9 @@ from indexer.model.types import Hash32, Header, Schedule
 from indexer.store import attestations, chains, facts, stored
 from indexer.store.attestations import Open
 
+UNPROVABLE: Final = (
+    300.0  # seconds until what could not be verified is tried again: another version or plan may be able to
+)
 AT_ONCE: Final = 20  # blocks between two looks at what waits
 BURST: Final = 20  # calls that may be made at once, after a quiet time
 IDLE: Final = 5.0  # seconds between looks for questions, when nothing is heard
@@ -93,9 +96,10 @@ class _Attester:
 
     async def _ask(self, found: Open, schedule: Schedule | None) -> tuple[list[str], Proven]:
         """The endpoints' part."""
-        if found.proof is not None:
+        demanded = self._task.chain.proof
+        if found.proof == "receipts_root" or (found.proof == "cannot_verify" and demanded != "required"):
             return await self._witnesses(found), Proven(_known(found.proof), None)
-        if self._task.chain.proof == "off":
+        if demanded == "off":
             return await self._witnesses(found), Proven(None, None)
         async with asyncio.TaskGroup() as group:  # neither waits for the other: a signal may wait for both
             seen = group.create_task(self._witnesses(found))
@@ -106,10 +110,23 @@ class _Attester:
         """What they said, with what it puts right."""
         task, (chain_id, number, _) = self._task, found.block
         enough = self._pool.quorum == 1 or len(seen) >= self._pool.quorum
-        settled = enough and (proven.proof is not None or task.chain.proof == "off")
+        unprovable = proven.proof == "cannot_verify"
+        settled = enough and (
+            proven.proof == "receipts_root"
+            or (unprovable and task.chain.proof == "where_possible")
+            or task.chain.proof == "off"
+        )
         repair = await self._differences(proven, schedule)
         async with task.lease.transaction() as conn:
-            known = await attestations.record(conn, found, seen, proven.proof, proven.reason, settled=settled)
+            known = await attestations.record(
+                conn,
+                found,
+                seen,
+                proven.proof,
+                proven.reason,
+                settled=settled,
+                pause=UNPROVABLE if enough and unprovable else None,
+            )
             if repair is not None:
                 rows, withdraw = repair
                 await facts.commit_range(
@@ -149,10 +166,11 @@ class _Attester:
     # --------------------------------------------------------------------- proof
 
     async def _prove(self, block_hash: Hash32, schedule: Schedule | None) -> Proven:
-        """By the first endpoint whose receipts of the block prove themselves. Without a proof: None (asked again later), or
-        `cannot_verify` where asking again would not help."""
+        """By the first endpoint whose receipts of the block prove themselves. Without a proof: None (asked again soon), or
+        `cannot_verify` where as many as must agree say that there is none to be had: one alone could make it so."""
         reasons: list[str] = []
-        unknowable: str | None = None
+        missing: list[str] = []
+        unknowable: list[str] = []
         nodes = [self._source.lead, *self._source.others]
         for node in nodes:
             await self._budget.spend(2)
@@ -160,16 +178,15 @@ class _Attester:
                 return await self._proven_by(node, block_hash, schedule)
             except MethodMissing:
                 node.no_receipts = True
-                reasons.append(f"{node.name} offers no eth_getBlockReceipts")
+                missing.append(f"{node.name} offers no eth_getBlockReceipts")
             except Unprovable as why:
-                unknowable = f"{node.name}: {why}"
+                unknowable.append(f"{node.name}: {why}")
             except (RpcError, Lie, Unsettled) as error:
                 reasons.append(str(error))
-        if unknowable is not None:
-            return Proven("cannot_verify", unknowable)
-        if all(node.no_receipts for node in nodes):
+        if len(missing) == len(nodes):
             return Proven("cannot_verify", "no endpoint offers eth_getBlockReceipts")
-        return Proven(None, "; ".join(reasons)[:500])
+        agreed = len(missing) + len(unknowable) >= self._pool.quorum
+        return Proven("cannot_verify" if agreed else None, "; ".join([*unknowable, *missing, *reasons])[:500])
 
     async def _proven_by(self, node: Node, block_hash: Hash32, schedule: Schedule | None) -> Proven:
         count = self._pool.counting(node.name)

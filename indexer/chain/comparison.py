@@ -2,7 +2,8 @@
 
 Promises that a range answer alone convicts nobody: a stored log that it leaves out, or tells differently, is looked up in the
 block itself, by hash, and stands where it stands there; where the block's receipts prove it, the range answer is counted as a
-lie. What to do about a difference is the caller's.
+lie. Nor does it add anything alone where several endpoints are to agree: what it has more is looked up likewise. What to do about a
+difference is the caller's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import structlog
 
 from indexer.chain import witnesses
 from indexer.chain.decode import Decoded, Speakers, Token
-from indexer.chain.integrity import Outcome, bloom_admits, logs_of_receipts
+from indexer.chain.integrity import Outcome, bloom_admits
 from indexer.chain.linkage import Unsettled
 from indexer.chain.logs import checked, timed
 from indexer.chain.reading import Ranges, Task
@@ -27,7 +28,8 @@ from indexer.store.stored import Reading
 
 log = structlog.get_logger(__name__)
 
-COMPLETE = "logs_complete"  # the check that a range answer leaves out nothing of what is known to stand
+COMPLETE = "logs_complete"  # the check that a range answer leaves out nothing of what is known to stand …
+REAL = "logs_real"  # … and the one that it makes up nothing
 
 #: (emitter, block) → whether the block was read for the emitter before: what was not can be no difference.
 WasRead = Callable[[bytes, int], bool]
@@ -84,7 +86,7 @@ class Comparison:
         rows = task.decoder.decode(logs, self.speakers)
         ours = await stored.readings(task.lease.connection, task.chain.chain_id, sorted(asked), low, high)
         theirs = stored.as_stored(rows)
-        missing = [place for place in theirs if place not in ours]
+        missing, doubted = await self._borne_out([place for place in theirs if place not in ours], theirs, asked)
         doubtful = [place for place in ours if ours[place] != theirs.get(place)]
         readable = {place for place in doubtful if place in theirs and self._read_now(ours[place], theirs[place])}
         differences, wrong, kept = [], [], 0
@@ -115,20 +117,20 @@ class Comparison:
                 differences.append(Difference("missing", place, stored.emitter_of(reading)))
         if not kept:
             task.count(COMPLETE, Outcome.PASS)
-        else:
+        if kept or doubted:
             log.warning(
                 "another reading is at odds with logs that stand: it is not believed, and they are read once more",
-                chain=task.chain.name, endpoint=task.rpc.name, from_block=low, to_block=high, logs=kept,
+                chain=task.chain.name, endpoint=task.rpc.name, from_block=low, to_block=high, logs=kept + doubted,
             )  # fmt: skip
         return Findings(
             logs=len(logs),
             rows=facts.only(rows, {*missing, *readable, *(place for place in wrong if place in theirs)}),
             withdraw=[*readable, *wrong],
-            tokens=rows.tokens,
+            tokens=[] if doubted else rows.tokens,
             differences=differences,
             unread=len(unread),
             readable=len(readable),
-            settled=kept == 0,
+            settled=kept == doubted == 0,
         )
 
     @staticmethod
@@ -138,6 +140,35 @@ class Comparison:
             return False
         width = stored.CANONICAL
         return ours[0][1][:width] == theirs[0][1][:width]
+
+    async def _borne_out(
+        self, places: list[Place], theirs: Mapping[Place, Reading], asked: frozenset[bytes]
+    ) -> tuple[list[Place], int]:
+        """Which of the logs that this reading has more than the store may be stored, and how many may not.
+
+        Where several witnesses are needed, a log is in a block that so many hold, and in the receipts that prove themselves
+        against its header; where nobody has receipts, its bloom has room for the log.
+        """
+        pool = self._task.source.pool
+        if pool.quorum == 1:
+            return places, 0
+        good: list[Place] = []
+        by_block: dict[tuple[int, bytes], list[Place]] = {}
+        for place in places:
+            by_block.setdefault((place.number, place.block_hash), []).append(place)
+        for (number, block_hash), there in by_block.items():
+            if not (await witnesses.judge(pool, BlockRef(number, Hash32(block_hash)))).stands:
+                continue
+            (header,) = await self._ranges.headers([number])
+            truth = await self._of_block(header, asked) if header.hash == block_hash else {}
+            if truth is None:
+                real = [place for place in there if self._may_hold(header, theirs[place])]
+            else:
+                real = [place for place in there if truth.get(place) == theirs[place]]
+            if len(real) < len(there):
+                self._task.count(REAL, Outcome.FAIL)
+            good += real
+        return good, len(places) - len(good)
 
     async def _standing(
         self,
@@ -178,16 +209,16 @@ class Comparison:
         return bloom_admits(header.bloom, [stored.emitter_of(reading)])
 
     async def _of_block(self, header: Header, asked: frozenset[bytes]) -> dict[Place, Reading] | None:
-        """What the block holds by its receipts, whose bloom is the header's; None where they can't be had."""
-        task = self._task
+        """What the block holds by its receipts, where these make the root in its header; None where they can't be had, or prove
+        nothing: an endpoint can make them so, and alter what a bloom does not show."""
         try:
-            receipts = await task.source.receipts(header.hash)
+            answer = await self._task.source.receipts(header)
         except MethodMissing:
             return None
-        if receipts is None:
+        if answer is None or answer[1] is not None:
             return None
         addresses = {hex0x(address) for address in asked}
-        raws = [raw for raw in logs_of_receipts(header, receipts, count=task.count) if raw.address.lower() in addresses]
+        raws = [raw for receipt in answer[0] for raw in receipt.logs if raw.address.lower() in addresses]
         return stored.as_stored(self._decoded(header, raws, asked))
 
     async def _again(self, header: Header, asked: frozenset[bytes]) -> dict[Place, Reading]:

@@ -12,7 +12,7 @@ from typing import Final
 import structlog
 from eth_hash.auto import keccak
 
-from indexer.chain.integrity import Lie, logs_of_receipts
+from indexer.chain.integrity import Lie
 from indexer.chain.linkage import Unsettled
 from indexer.chain.logs import headers_of
 from indexer.chain.pool import Source
@@ -129,12 +129,11 @@ async def _found(source: Source, question: Question, finalized: int) -> AnswerRo
 async def _committed(source: Source, header: Header, tx: Hash32, receipt: RawReceipt) -> RawReceipt:
     """The receipt as the block's own receipts have it; where a node has no such method, one that its bloom admits."""
     try:
-        receipts = await source.receipts(header.hash)
+        answer = await source.receipts(header)
     except MethodMissing:
-        receipts = None
-    if receipts is not None:
-        logs_of_receipts(header, receipts, count=source.count)
-        for each in receipts:
+        answer = None
+    if answer is not None:
+        for each in answer[0]:
             if each.transaction_hash.lower() == hex0x(tx):
                 return each
         raise Lie(

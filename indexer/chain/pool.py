@@ -15,7 +15,7 @@ from typing import Final, Literal
 
 import structlog
 
-from indexer.chain.integrity import Count, Lie, Observed, Outcome
+from indexer.chain.integrity import Count, Lie, Observed, Outcome, proven_logs
 from indexer.chain.limits import Limits
 from indexer.chain.rpc import Rpc
 from indexer.chain.rpc_errors import MethodMissing, PrunedHistory, RpcError
@@ -409,21 +409,28 @@ class Source:
                 self.lead.reported(int(latest.number, 16), asyncio.get_running_loop().time())
         return self.lead.head >= number
 
-    @property
-    def has_receipts(self) -> bool:
-        """Whether anybody may still offer eth_getBlockReceipts."""
-        return not all(node.no_receipts for node in (self.lead, *self.others))
+    async def receipts(self, header: Header) -> tuple[list[RawReceipt], str | None] | None:
+        """The checked receipts of a block, and why its root proves nothing about them; None where the endpoint does not hold it.
 
-    async def receipts(self, block_hash: Hash32) -> list[RawReceipt] | None:
-        """Of the lead; where it has no such method, of the next that has. MethodMissing where nobody does."""
-        missing: MethodMissing | None = None
+        Of the lead; where it has no such method, of the next that has: what goes wrong there is no fault of the lead's.
+        Raises RpcError and Lie of the lead, MethodMissing where nobody has receipts that can be used.
+        """
+        absent = False
         for node in (self.lead, *self.others):
             if node.no_receipts:
                 continue
             try:
-                return await node.rpc.receipts(block_hash)
-            except MethodMissing as error:
-                node.no_receipts, missing = True, error
-        raise missing or MethodMissing(
-            "no endpoint offers it", endpoint=self.rpc.name, method="eth_getBlockReceipts", params=""
-        )
+                receipts = await node.rpc.receipts(header.hash)
+                if receipts is not None:
+                    return receipts, proven_logs(header, receipts, count=self.pool.counting(node.name))[1]
+                absent = True
+            except MethodMissing:
+                node.no_receipts = True
+            except (RpcError, Lie):
+                if node is self.lead:
+                    raise
+            if node is self.lead and absent:
+                break
+        if absent:
+            return None
+        raise MethodMissing("no endpoint offers it", endpoint=self.rpc.name, method="eth_getBlockReceipts", params="")

@@ -240,7 +240,7 @@ class Position:
                 mode=mode,
                 orphan_above=self._orphan_above,
                 agreed=self._source.pool.quorum == 1 or bool(self._agreed),
-                proofs=step.proofs,
+                proven=step.proven,
                 read_from=step.read_from,
             )
         self._wakeups.poke(*(("facts", "heads") if done.events or done.orphaned_events else ("heads",)))

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from indexer.chain.decode import Decoded, Decoder, Speakers
-from indexer.chain.integrity import Lie, Outcome, proven_logs
+from indexer.chain.integrity import Count, Lie, Outcome
 from indexer.chain.linkage import Unsettled
 from indexer.chain.logs import checked, headers_of, timed
 from indexer.chain.pool import Source
@@ -35,9 +35,7 @@ class Step:
     rows: Decoded
     covered: list[tuple[Verdict, int, int]]
     filter: frozenset[bytes]
-    proofs: dict[int, tuple[str, str | None]] = field(
-        default_factory=dict
-    )  # of blocks read by receipts: what those prove
+    proven: frozenset[int] = frozenset()  # blocks whose receipts make the root in their header
     read_from: tuple[str, ...] = ()  # who showed these blocks at their heights: the socket's are nobody's here
 
     @property
@@ -76,7 +74,8 @@ class Gatherer:
         self._decoder, self._count = decoder, source.count
         self.speakers = Speakers(0, ())
         self.filter: frozenset[bytes] = frozenset()
-        self._proofs: dict[int, tuple[str, str | None]] = {}  # of the step at hand
+        self._proven: set[int] = set()  # blocks of the step at hand …
+        self._by_address: set[int] = set()  # … and those that were not read whole
 
     @property
     def rpc(self) -> Rpc:
@@ -88,7 +87,7 @@ class Gatherer:
         """Linked headers, each passed through the gate; blocks that it admits are read whole, by hash."""
         wanted = self.filter
         logs: dict[int, list[Log]] = {}
-        self._proofs = {}
+        self._proven, self._by_address = set(), set()
         while True:
             gate = Gate(self.speakers.speaks_for, wanted.difference(self.speakers.speaks_for), self._decoder.topics)
             admitted = [header for header in headers if header.number not in logs and gate.admits(header)]
@@ -108,18 +107,17 @@ class Gatherer:
             if not new:
                 break
             wanted |= new
-            if (
-                not self.source.has_receipts
-            ):  # by address: blocks that were asked without the new tokens are asked again
-                first = min(token.block_number for token in rows.tokens)
-                logs = {number: found for number, found in logs.items() if number < first}
-        verdict: Verdict = "gate" if self.source.has_receipts else "unverified"
+            # by address: blocks that were asked without the new tokens are asked again
+            first = min(token.block_number for token in rows.tokens)
+            logs = {number: found for number, found in logs.items() if number < first or number not in self._by_address}
+        # logs that were asked for by address, or that came in receipts which no root proves, are one endpoint's word
+        gated = self._proven.union(h.number for h in headers if h.number not in logs)
         return Step(
             list(headers),
             rows,
-            _merged((("gate" if h.number not in logs else verdict), h.number) for h in headers),
+            _merged((("gate" if h.number in gated else "unverified"), h.number) for h in headers),
             wanted,
-            self._proofs,
+            frozenset(self._proven),
         )
 
     async def _read(self, header: Header, wanted: frozenset[bytes]) -> list[Log]:
@@ -142,23 +140,30 @@ class Gatherer:
 
     async def _ask(self, header: Header, wanted: frozenset[bytes]) -> list[RawLog] | None:
         with suppress(MethodMissing):
-            receipts = await self.source.receipts(header.hash)
-            if receipts is None:
+            answer = await self.source.receipts(header)
+            if answer is None:
                 return None
-            found, reason = proven_logs(header, receipts, count=self._count)
-            self._proofs[header.number] = ("cannot_verify", reason) if reason else ("receipts_root", None)
-            return found
+            receipts, unproven = answer
+            if unproven is None:
+                self._proven.add(header.number)
+            return [log for receipt in receipts for log in receipt.logs]
+        self._by_address.add(header.number)
         try:
-            raws = await self.rpc.logs_of(header.hash, sorted(wanted))
+            raws = self._fit(await self.rpc.logs_of(header.hash, sorted(wanted)), header, wanted, self._count)
         except UnknownBlock:
             return None
         for node in self.source.others if not raws else ():
             # the header admits a log and the answer is empty: nobody's word alone settles that
-            with suppress(RpcError):
-                raws = await node.rpc.logs_of(header.hash, sorted(wanted))
+            with suppress(RpcError, Lie):
+                found = await node.rpc.logs_of(header.hash, sorted(wanted))
+                raws = self._fit(found, header, wanted, self.source.pool.counting(node.name))
                 break
-        logs = timed(raws, self.schedule, {header.number: header})
-        checked(logs, header.number, header.number, wanted, {header.number: header}, self._count)
+        return raws
+
+    def _fit(self, raws: list[RawLog], header: Header, wanted: frozenset[bytes], count: Count | None) -> list[RawLog]:
+        """Raises Lie where these are no logs of the block, or not those that were asked for."""
+        held = {header.number: header}
+        checked(timed(raws, self.schedule, held), header.number, header.number, wanted, held, count)
         return raws
 
     # --------------------------------------------------------------------- ranges

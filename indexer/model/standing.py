@@ -86,7 +86,8 @@ class Standing:
         if held is None or block is None or held.asked:
             return None
         heads = self.on(block[0])
-        unknown = held.witnesses < heads.quorum or (heads.proof != "off" and held.proof is None)
+        unproven = held.proof is None or (heads.proof == "required" and held.proof != "receipts_root")
+        unknown = held.witnesses < heads.quorum or (heads.proof != "off" and unproven)
         return block if unknown else None
 
     # ------------------------------------------------------------------ rungs

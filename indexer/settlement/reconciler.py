@@ -73,12 +73,11 @@ async def reconcile(
 
 
 async def _attested(conn: Connection, heads: Mapping[int, Heads], around: Neighbourhood) -> dict[Block, Attestation]:
-    """What speaks for the blocks of all evidence at hand, where anything must."""
-    evidence: list[AnyEvidence] = [*around.movements, *around.transfers]
-    found = [block_of(piece) for piece in evidence]
+    """What speaks for the blocks of all evidence at hand, where anything must. That of movements was read with them."""
+    found = [block_of(transfer) for transfer in around.transfers]
     demanding = {chain for chain, seen in heads.items() if seen.quorum > 1 or seen.proof != "off"}
     blocks = {block for block in found if block is not None and block[0] in demanding}
-    return await attestations.load(conn, blocks) if blocks else {}
+    return (await attestations.load(conn, blocks) if blocks else {}) | around.attested
 
 
 async def _matched(conn: Connection, around: Neighbourhood, rules: Mapping[str, BrandRules]) -> Matching:

@@ -51,10 +51,12 @@ async def load(conn: Connection, blocks: Collection[Block]) -> dict[Block, Attes
         """,
         *_arrays(blocks),
     )
-    return {
-        (r["chain_id"], r["number"], r["hash"]): Attestation(len(r["witnesses"]), r["proof"], r["reason"], r["open"])
-        for r in rows
-    }
+    return {(r["chain_id"], r["number"], r["hash"]): attestation_of(r) for r in rows}
+
+
+def attestation_of(row: asyncpg.Record) -> Attestation:
+    """Of a row whose columns are null where nobody asked about the block."""
+    return Attestation(len(row["witnesses"] or ()), row["proof"], row["reason"], row["open"])
 
 
 async def due(conn: Connection, chain_id: int, limit: int) -> list[Open]:
@@ -83,11 +85,18 @@ async def seconds_to_next(conn: Connection, chain_id: int) -> float | None:
 
 
 async def record(
-    conn: Connection, found: Open, witnesses: Sequence[str], proof: str | None, reason: str | None, *, settled: bool
+    conn: Connection,
+    found: Open,
+    witnesses: Sequence[str],
+    proof: str | None,
+    reason: str | None,
+    *,
+    settled: bool,
+    pause: float | None = None,
 ) -> bool:
-    """Writes what a look brought; unless `settled`, there is another. True where something is known that was not."""
+    """Writes what a look brought; unless `settled`, there is another, in `pause` seconds. True where something is known that was not."""
     chain_id, number, block_hash = found.block
-    pause = RETRY[min(found.attempts, len(RETRY) - 1)]
+    pause = RETRY[min(found.attempts, len(RETRY) - 1)] if pause is None else pause
     changed = await conn.fetchval(
         """
         WITH before AS (
@@ -113,22 +122,23 @@ async def record(
 async def note(
     conn: asyncpg.Connection,
     chain_id: int,
-    blocks: Mapping[tuple[int, bytes], tuple[str | None, str | None]],
+    blocks: Mapping[tuple[int, bytes], bool],
     witnesses: Sequence[str],
 ) -> None:
-    """What the reading of blocks with movements showed on the way: (proof, reason) of each, and who has them."""
+    """What the reading of blocks with movements showed on the way: whether each was proven, and who has them. What could not be
+    proven is not noted: that is not for one endpoint to say."""
     listed = list(blocks.items())
     await conn.execute(
         """
-        INSERT INTO indexer.attestation (chain_id, number, hash, proof, reason, witnesses)
-        SELECT $1, *, $6::text[] FROM unnest($2::bigint[], $3::bytea[], $4::text[], $5::text[])
+        INSERT INTO indexer.attestation (chain_id, number, hash, proof, witnesses)
+        SELECT $1, number, hash, CASE WHEN proven THEN 'receipts_root' END, $5::text[]
+        FROM unnest($2::bigint[], $3::bytea[], $4::boolean[]) AS read (number, hash, proven)
         ON CONFLICT (chain_id, number, hash) DO NOTHING
         """,
         chain_id,
         [number for (number, _), _ in listed],
         [block_hash for (_, block_hash), _ in listed],
-        [proof for _, (proof, _) in listed],
-        [reason for _, (_, reason) in listed],
+        [proven for _, proven in listed],
         list(witnesses),
     )
 

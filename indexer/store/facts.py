@@ -7,7 +7,7 @@ the facts mean is left to it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -119,13 +119,13 @@ async def commit_step(
     mode: Literal["socket", "polling"],
     orphan_above: int | None = None,
     agreed: bool = True,
-    proofs: Mapping[int, tuple[str, str | None]] | None = None,
+    proven: Collection[int] = (),
     read_from: Sequence[str] = (),
 ) -> Committed:
     """One step of the follower: un-confirm what a reorganisation undid, store the new blocks, move the cursor to `head`.
 
-    `covered` are (verdict, low, high) of the head lane. `agreed`: as many endpoints hold our chain as must. `proofs`, by block: what its
-    receipts proved on the way, and why not; `read_from`: who showed these blocks at their heights. Readers see the old branch or the new one, never a hole.
+    `covered` are (verdict, low, high) of the head lane. `agreed`: as many endpoints hold our chain as must. `proven`: blocks whose
+    receipts were proven on the way; `read_from`: who showed these blocks at their heights. Readers see the old branch or the new one, never a hole.
     """
     orphaned_blocks, orphaned_events, low, high = 0, 0, None, None
     if orphan_above is not None:
@@ -134,8 +134,7 @@ async def commit_step(
         await attestations.forget_above(conn, chain_id, orphan_above)
     numbers = await store_events(conn, chain_id, rows, followed=True)
     if rows.movements:
-        none: tuple[str | None, str | None] = (None, None)
-        blocks = {(row[_BLOCK], row[_BLOCK_HASH]): (proofs or {}).get(row[_BLOCK], none) for row in rows.movements}
+        blocks = {(row[_BLOCK], row[_BLOCK_HASH]): row[_BLOCK] in proven for row in rows.movements}
         await attestations.note(conn, chain_id, blocks, read_from)
     if numbers:
         low = min(numbers if low is None else (*numbers, low))

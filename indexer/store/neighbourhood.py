@@ -16,8 +16,10 @@ import msgspec
 from indexer.model.evidence import Hint, Movement, PartnerTransfer
 from indexer.model.matching import Claim, Decision
 from indexer.model.operation import AnyLeg, Leg, PartnerLeg, State
+from indexer.model.standing import Attestation, Block
 from indexer.model.types import Address, Hash32
 from indexer.store import partner_evidence
+from indexer.store.attestations import attestation_of
 from indexer.store.connection import Connection
 from indexer.store.operations import Operation
 
@@ -35,6 +37,8 @@ class Neighbourhood:
     partner_legs: list[PartnerLeg] = field(default_factory=list)
     transfers: list[PartnerTransfer] = field(default_factory=list)
     hints: list[Hint] = field(default_factory=list)
+    # what speaks for the movements' blocks, as it was when they were read or before: what a proof puts right commits with it
+    attested: dict[Block, Attestation] = field(default_factory=dict)
 
 
 _LEG = """
@@ -149,11 +153,14 @@ async def load(conn: Connection, ids: Sequence[UUID]) -> Neighbourhood:
     # Rivals, their events, the rivals of those, until nothing new turns up: whoever is looked at first, the picture that
     # matching sees is the same. Other lanes are left out, so that copied nonces and hashes join nothing together.
     movements: dict[tuple[int, Hash32, int], Movement] = {}
+    attested: dict[Block, Attestation] = {}
     fresh = list(legs.values())
     while fresh:
         lanes = {leg.lane for leg in legs.values()}
         found = {
-            (m.chain_id, m.block_hash, m.log_index): m for m in await _movements_for(conn, fresh) if m.lane in lanes
+            (m.chain_id, m.block_hash, m.log_index): m
+            for m in await _movements_for(conn, fresh, attested)
+            if m.lane in lanes
         }
         new = [m for key, m in found.items() if key not in movements]
         movements |= found
@@ -183,6 +190,7 @@ async def load(conn: Connection, ids: Sequence[UUID]) -> Neighbourhood:
         list(partner_legs.values()),
         transfers,
         hints,
+        attested,
     )
 
 
@@ -194,11 +202,15 @@ async def _legs_of(conn: Connection, ids: Sequence[UUID]) -> list[Leg]:
     return [_leg(row) for row in rows]
 
 
-async def _movements_for(conn: Connection, legs: Sequence[Leg]) -> list[Movement]:
-    """Canonical movements by nonce (movement_nonce_idx), hash (movement_operation_hash_idx) or wallet (movement_holder_idx)."""
+async def _movements_for(
+    conn: Connection, legs: Sequence[Leg], attested: dict[Block, Attestation] | None = None
+) -> list[Movement]:
+    """Canonical movements by nonce (movement_nonce_idx), hash (movement_operation_hash_idx) or wallet (movement_holder_idx). What
+    speaks for their blocks (attestation_pk) goes into `attested`, out of the same statement, and so as old as they are."""
     wallets = [leg for leg in legs if leg.match == "wallet_amount"]
     rows = await conn.fetch(
         f"""
+        SELECT m.*, a.witnesses, a.proof, a.reason, a.next_at IS NOT NULL AS open FROM (
         SELECT {MOVEMENT} FROM indexer.movement m WHERE m.canonical AND m.nonce = ANY($1::bytea[])
         UNION ALL
         SELECT {MOVEMENT} FROM indexer.movement m WHERE m.canonical AND m.operation_hash = ANY($2::bytea[])
@@ -206,6 +218,7 @@ async def _movements_for(conn: Connection, legs: Sequence[Leg]) -> list[Movement
         SELECT {MOVEMENT} FROM unnest($3::bytea[], $4::bytea[], $5::numeric[], $6::numeric[]) AS w (holder, loyalty_id, bucket, amount)
         JOIN indexer.movement m ON m.holder = w.holder AND m.loyalty_id = w.loyalty_id AND m.bucket = w.bucket AND m.amount = w.amount
         WHERE m.canonical
+        ) AS m LEFT JOIN indexer.attestation a ON a.chain_id = m.chain_id AND a.number = m.block_number AND a.hash = m.block_hash
         """,  # noqa: S608
         [leg.nonce for leg in legs if leg.nonce is not None],
         [leg.operation_hash for leg in legs if leg.match == "operation_hash"],
@@ -214,6 +227,9 @@ async def _movements_for(conn: Connection, legs: Sequence[Leg]) -> list[Movement
         [leg.bucket for leg in wallets],
         [leg.amount for leg in wallets],
     )
+    if attested is not None:
+        for row in rows:
+            attested.setdefault((row["chain_id"], row["block_number"], row["block_hash"]), attestation_of(row))
     return [movement_of(row) for row in rows]
 
 

@@ -42,7 +42,7 @@ async def nodes_of(chain: FakeChain, count: int) -> AsyncIterator[list[FakeNode]
 
 
 def world_of(database: Database, nodes: list[FakeNode], **settings: Any) -> World:
-    return World(database, nodes[0], confidence="included", chain=several, nodes=nodes, **settings)
+    return World(database, nodes[0], **{"confidence": "included"} | settings, chain=several, nodes=nodes)
 
 
 async def endpoints(world: World) -> dict[str, dict[str, Any]]:

@@ -66,10 +66,12 @@ class World:
         node: FakeNode,
         *,
         confidence: str = "safe",
+        seconds: float | None = None,
         chain: Callable[..., Chain] = chain_config,
         **settings: Any,
     ) -> None:
-        self.database, self.node, self.confidence = database, node, confidence
+        self.database, self.node = database, node
+        self.policy: Mapping[str, Any] = {"confidence": confidence} | ({} if seconds is None else {"seconds": seconds})
         self.settings: Mapping[str, Any] = {"second_look_seconds": 0.1, "verify_calls_per_second": 1000.0} | settings
         self.metrics = Metrics()
         self.wakeups = Wakeups()
@@ -90,7 +92,7 @@ class World:
         brand: dict[str, Any] = {
             "name": BRAND,
             "issuers": ["0x" + ISSUER.hex()],
-            "policies": [{"confidence": self.confidence}],
+            "policies": [dict(self.policy)],
         }
         brand["unmatched_since"] = "2020-01-01T00:00:00Z"
         brand["webhooks"] = [{"secrets": [SECRET], "allow": ["127.0.0.0/8"]} | dict(webhook) for webhook in webhooks]

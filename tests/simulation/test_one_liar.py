@@ -1,0 +1,149 @@
+"""One endpoint of several lies on purpose, and knows how the others are asked: nothing false leaves, and nothing waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+import pytest
+
+from indexer.store.database import Database
+from tests.fake_node import FakeChain
+from tests.following import eventually, issued, stored, truth
+from tests.simulation.test_pool import agree, loyal, nodes_of, world_of
+from tests.simulation.test_proof import word_of
+
+
+@pytest.mark.parametrize("socket", [True, False], ids=["socket", "polling"])
+async def test_receipts_that_one_makes_unprovable_are_asked_elsewhere(database: Database, socket: bool) -> None:
+    """A type that nobody knows, or no cumulative gas: no root can be made of the liar's receipts, and of the others' one can."""
+
+    def strange(_: Any, receipts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [each | {"type": "0x55"} for each in receipts]
+
+    async with nodes_of(loyal(FakeChain()), 2) as nodes:
+        nodes[0].lie("eth_getBlockReceipts", strange, times=None)
+        world = world_of(database, nodes, socket=socket, confidence="safe", second_look_seconds=3600.0)
+        async with world.running():
+            await world.caught_up()
+            await agree(world)
+            reference = await world.register(1)
+            nodes[0].mine([issued(1)])
+            await world.caught_up()
+            await world.tags(safe=6, finalized=2)
+            await world.reaches(reference, "ready", 20)
+            (evidence,) = await world.evidence(reference)
+            assert evidence["proof"] == "receipts_root"
+
+
+@pytest.mark.parametrize("socket", [True, False], ids=["socket", "polling"])
+async def test_an_event_altered_in_receipts_that_cannot_be_proven_settles_nothing(
+    database: Database, socket: bool
+) -> None:
+    """The bloom is the header's, as it says nothing of amounts; `where_possible` believes what cannot be verified, but not one's word."""
+
+    def altered(_: Any, receipts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            each | {"cumulativeGasUsed": None, "logs": [word_of(log, 3, 1000) for log in each["logs"]]}
+            for each in receipts
+        ]
+
+    async with nodes_of(loyal(FakeChain()), 2) as nodes:
+        nodes[0].lie("eth_getBlockReceipts", altered, times=None)
+        nodes[0].lie("eth_getLogs", lambda _, logs: [word_of(log, 3, 1000) for log in logs], times=None)
+        world = world_of(
+            database, nodes, socket=socket, confidence="safe", proof="where_possible", second_look_seconds=3600.0
+        )
+        async with world.running():
+            await world.caught_up()
+            await agree(world)
+            false, true = await world.register(1, amount=1000), await world.register(2)
+            nodes[0].mine([issued(1)])
+            nodes[0].mine([issued(2)])
+            await world.caught_up()
+            await world.tags(safe=7, finalized=2)
+            await world.reaches(true, "ready", 20)
+            assert "ready" not in await world.trace(false)
+
+
+async def test_the_gate_does_not_speak_for_receipts_that_prove_nothing(database: Database) -> None:
+    """One of two events with one bloom is left out of receipts without cumulative gas: the block is looked at a second time."""
+
+    def left_out(_: Any, receipts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            each | {"cumulativeGasUsed": None}
+            for each in receipts
+            if len(receipts) < 2 or each["transactionIndex"] == "0x0"
+        ]
+
+    async with nodes_of(loyal(FakeChain()), 2) as nodes:
+        nodes[0].lie("eth_getBlockReceipts", left_out, times=None)
+        world = world_of(database, nodes, socket=True, second_look_seconds=3600.0)
+        async with world.running():
+            await world.caught_up()
+            await agree(world)
+            nodes[0].mine([issued(1), issued(2)])
+            await world.caught_up()
+            assert await world.verdicts(6, 6) == {"unverified"}
+
+
+@pytest.mark.parametrize("socket", [True, False], ids=["socket", "polling"])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"type": "zz", "cumulativeGasUsed": None},
+        {"type": "0x", "root": "0x"},
+        {"status": "0x" + "f" * 80},
+        {"logs": [{"address": "0x", "topics": [], "data": "0x"}]},
+    ],
+)
+async def test_odd_receipts_stop_nobody(database: Database, socket: bool, broken: dict[str, Any]) -> None:
+    async with nodes_of(loyal(FakeChain()), 3) as nodes:
+        nodes[0].lie("eth_getBlockReceipts", lambda _, receipts: [each | broken for each in receipts], times=None)
+        world = world_of(database, nodes, socket=socket, confidence="safe", second_look_seconds=3600.0)
+        async with world.running():
+            await world.caught_up()
+            await agree(world)
+            reference = await world.register(1)
+            nodes[0].mine([issued(1)])
+            await world.caught_up()
+            await world.tags(safe=6, finalized=2)
+            await world.reaches(reference, "ready", 20)
+            assert world.supervisor is not None
+            assert {name: task.problem for name, task in world.supervisor.tasks.items() if task.problem} == {}
+
+
+async def test_a_second_reader_makes_up_an_event_with_the_nonce_of_a_settled_one(database: Database) -> None:
+    """It would come first, and undo what is ready: what another reader has more is looked for in its block."""
+    async with nodes_of(loyal(FakeChain()), 3) as nodes:
+        chain = nodes[0].chain
+        world = world_of(database, nodes, socket=False, confidence="safe", second_look_seconds=0.2)
+        made_up: list[dict[str, Any]] = []
+
+        def more(params: list[Any], logs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            low, high = (int(params[0].get(key, "0x0"), 16) for key in ("fromBlock", "toBlock"))
+            return made_up + logs if made_up and low <= 4 <= high else logs
+
+        async with world.running():
+            await world.caught_up()
+            await agree(world)
+            reference = await world.register(1)
+            nodes[0].mine([issued(1)])
+            await world.caught_up()
+            await world.tags(safe=6, finalized=2)
+            await world.reaches(reference, "ready")
+            true = msgspec.json.decode(chain.canonical[6].entries[0][2])
+            made_up += [true | {"blockNumber": "0x4", "blockHash": "0x" + "ab" * 32}]
+            nodes[1].lie("eth_getLogs", more, times=None)
+            nodes[0].set_tags(safe=6, finalized=6)
+
+            async def looked_at() -> bool:
+                await asyncio.sleep(0.05)
+                nodes[0].mine()
+                return "unverified" not in await world.verdicts(1, 6)
+
+            await eventually(looked_at, 20)
+            await world.looked()
+            assert [t for t in await world.trace(reference) if t != "finalized"] == ["ready"]
+            assert await stored(database) == truth(chain)
