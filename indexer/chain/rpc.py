@@ -238,15 +238,12 @@ class Rpc:
             logs = answers[3]
         return Poll(latest, at_cursor, end, logs)
 
-    async def heads(self, also: int | None = None) -> list[RawHeader | None]:
-        """Latest, safe and finalized, and the header at a height, in one batch where the node can. None: no such block."""
-        wanted: list[int | Hash32 | Tag] = ["latest", "safe", "finalized", *([] if also is None else [also])]
+    async def heads(self) -> list[RawHeader | None]:
+        """Latest, safe and finalized, in one batch where the node can. None: no such block."""
+        wanted: list[Tag] = ["latest", "safe", "finalized"]
         calls = [_header_call(at) for at in wanted]
         answers = await self._batch(calls)
-        found = [
-            self._checked_header(call, at, answer) for call, at, answer in zip(calls, wanted, answers, strict=True)
-        ]
-        return found if also is not None else [*found, None]
+        return [self._checked_header(call, at, answer) for call, at, answer in zip(calls, wanted, answers, strict=True)]
 
     def log_ranges(
         self,

@@ -61,16 +61,18 @@ async def _watch(pool: Pool, node: Node, seconds: float) -> None:
 
 async def look(pool: Pool, node: Node) -> None:
     """One look at an endpoint: its heads, and what it has where we hold a block. Raises RpcError, Lie."""
-    ours = pool.ours(node.head)
-    raw = await node.rpc.heads(None if ours is None else ours.number)
     count = pool.counting(node.name)
-    latest, safe, finalized, there = (
-        None if each is None else verify_header(each, pool.schedule, asked, count=count)
-        for each, asked in zip(raw, (None, None, None, None if ours is None else ours.number), strict=True)
+    latest, safe, finalized = (
+        None if each is None else verify_header(each, pool.schedule, count=count) for each in await node.rpc.heads()
     )
     if latest is None:
         raise Lie("header_sealed", "it knows no latest block")
     node.reported(latest.number, asyncio.get_running_loop().time())
+    ours = pool.ours(latest.number)  # as high as it goes: what enough endpoints hold is what `confirmed` counts by
+    there: Header | None = latest
+    if ours is not None and ours.number != latest.number:
+        raw = await node.rpc.header(ours.number)
+        there = None if raw is None else verify_header(raw, pool.schedule, ours.number, count=count)
     seen = Seen(latest, safe, finalized, ours, None if there is None else there.hash)
     # what we held when we asked may have been undone since
     still = ours is not None and pool.ours(ours.number) == ours
@@ -178,14 +180,20 @@ class Agreement:
 
 def agreement(pool: Pool) -> Agreement:
     """Pure arithmetic on the last looks; puts aside whoever stood apart from an agreed chain for several looks."""
-    live = voters(pool)
+    # a block that was undone since it was looked at says nothing of those that took its place
+    live = [
+        node
+        for node in voters(pool)
+        if node.seen is not None and node.seen.ours is not None and pool.ours(node.seen.ours.number) == node.seen.ours
+    ]
     holders = [node for node in live if node.seen is not None and node.seen.holds]
     apart = [node for node in live if node.seen is not None and node.seen.apart]
     heights = sorted((node.seen.ours.number for node in holders if node.seen and node.seen.ours), reverse=True)
     height = heights[pool.quorum - 1] if len(heights) >= pool.quorum else None
     if height is not None:
         for node in apart:
-            if node.strikes >= STRIKES and node.seen is not None and node.seen.ours is not None:
+            # above it our branch is the word of fewer: it may be that one which is right
+            if node.strikes >= STRIKES and node.seen and node.seen.ours and node.seen.ours.number <= height:
                 ours, theirs = node.seen.ours, node.seen.shows
                 others = ", ".join(each.name for each in holders)
                 pool.quarantine(

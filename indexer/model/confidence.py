@@ -31,7 +31,7 @@ class Heads:
 
     chain_id: int
     head_number: int = -1
-    head_time_ms: int = 0
+    head_time_ms: int = 0  # of the highest block that enough endpoints hold
     safe_number: int = -1
     finalized_number: int = -1
     finalized_time_ms: int = 0

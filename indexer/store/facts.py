@@ -295,6 +295,10 @@ async def _unconfirm(conn: asyncpg.Connection, chain_id: int, ancestor: int) -> 
         timeout=_UNDOING,
     )
     assert row is not None
+    # what was agreed on of the branch that lost says nothing of the other
+    await conn.execute(
+        "UPDATE indexer.chain SET agreed_number = $2 WHERE chain_id = $1 AND agreed_number > $2", chain_id, ancestor
+    )
     # safe is monotone but for this: what was safe on the branch that lost is not safe
     await conn.execute(
         """

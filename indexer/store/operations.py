@@ -84,9 +84,15 @@ async def now_ms(conn: Connection) -> int:
 
 
 async def heads(conn: Connection) -> dict[int, Heads]:
+    """Where chains stand (block_canonical_idx). The time of the head is of the highest block that as many endpoints hold as must
+    agree: anybody can put blocks of his own on top of a true one, and `confirmed` counts by it."""
     rows = await conn.fetch(
         """
-        SELECT c.chain_id, c.head_number, c.head_time_ms, c.safe_number, c.finalized_number, c.finalized_time_ms,
+        SELECT c.chain_id, c.head_number, c.safe_number,
+               CASE WHEN c.quorum = 1 THEN c.head_time_ms ELSE (
+                   SELECT b.time_ms FROM indexer.block b WHERE b.chain_id = c.chain_id AND b.canonical AND b.number <= c.agreed_number
+                   ORDER BY b.number DESC LIMIT 1) END AS head_time_ms,
+               c.finalized_number, c.finalized_time_ms,
                c.latch IS NOT NULL AS latched, indexer.is_live(c) AS live, indexer.is_agreed(c) AS agreed, c.quorum, c.proof
         FROM indexer.chain c
         """

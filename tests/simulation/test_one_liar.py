@@ -10,9 +10,34 @@ import pytest
 
 from indexer.store.database import Database
 from tests.fake_node import FakeChain
-from tests.following import eventually, issued, stored, truth
+from tests.following import caught_up, eventually, issued, stored, truth
 from tests.simulation.test_pool import agree, loyal, nodes_of, world_of
 from tests.simulation.test_proof import word_of
+
+
+async def test_blocks_that_one_made_up_confirm_nothing(database: Database) -> None:
+    """Headers cost nothing to make: a minute of chain on top of a true block, at the endpoint that leads alone."""
+    async with nodes_of(loyal(FakeChain()), 3) as nodes:
+        world = world_of(database, nodes, socket=False, confidence="confirmed", seconds=60)
+        async with world.running():
+            await world.caught_up()
+            await agree(world)
+            reference = await world.register(1)
+            nodes[0].mine([issued(1)])
+            await world.caught_up()
+            await world.reaches(reference, "confirming")
+            ours = nodes[0].chain
+            fork = ours.fork()
+            nodes[0].move_to(fork)
+            fork.mine(blocks=35)
+            await caught_up(database, nodes[0])
+            await world.looked()
+            assert await world.trace(reference) == []
+            for _ in range(50):
+                ours.mine()
+                await asyncio.sleep(0.02)
+            await world.reaches(reference, "ready")
+            assert await world.trace(reference) == ["ready"]
 
 
 @pytest.mark.parametrize("socket", [True, False], ids=["socket", "polling"])
