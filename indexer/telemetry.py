@@ -124,6 +124,11 @@ class Metrics:
         self.endpoint_behind = self._gauge(
             "endpoint_behind_seconds", "Chain time that its head is behind the newest", ("chain", "endpoint")
         )
+        self.hedged = self._counter(
+            "hedged_questions",
+            "Questions that another endpoint was asked too, as one was slow",
+            ("chain", "endpoint", "outcome"),
+        )
         self.quarantined_endpoints = self._gauge("endpoint_quarantined", "1 while not trusted", ("endpoint", "reason"))
         self.checks = self._counter("checks", "Checks of answers: pass, skip, fail", ("check", "outcome", "endpoint"))
         self.partner_requests = self._counter(

@@ -85,6 +85,7 @@ class _Attester:
 
     async def look(self, open_ones: Sequence[Open]) -> None:
         """One look at each of these blocks, all at once."""
+        self._source.reconsider()
         state = await chains.load_chain(self._task.lease.connection, self._task.chain.chain_id)
         schedule = None if state is None else state.schedule
         if state is not None:
@@ -172,10 +173,14 @@ class _Attester:
         missing: list[str] = []
         unknowable: list[str] = []
         nodes = [self._source.lead, *self._source.others]
-        for node in nodes:
+
+        async def proven(node: Node) -> Proven:
             await self._budget.spend(2)
+            return await self._proven_by(node, block_hash, schedule)
+
+        for node in nodes:
             try:
-                return await self._proven_by(node, block_hash, schedule)
+                return await (self._source.ask(proven) if node is self._source.lead else proven(node))
             except MethodMissing:
                 node.no_receipts = True
                 missing.append(f"{node.name} offers no eth_getBlockReceipts")
@@ -240,7 +245,7 @@ class _Attester:
             task.metrics.proofs.labels(task.chain.name, outcome).inc()
 
 
-class Unprovable(Exception):
+class Unprovable(Unsettled):
     """The receipts are the block's as far as anybody can tell, and no root can be made of them."""
 
 

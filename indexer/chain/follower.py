@@ -15,16 +15,17 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 import structlog
+from msgspec.structs import replace
 
 from indexer.chain import linkage
 from indexer.chain.decode import Decoder
 from indexer.chain.feed import HeadFeed, Heads
-from indexer.chain.integrity import Lie, verify_header
+from indexer.chain.integrity import Count, Lie, verify_header
 from indexer.chain.linkage import FinalityViolation, Reorganised, Unsettled
 from indexer.chain.logs import headers_of
-from indexer.chain.pool import LAG, Source
+from indexer.chain.pool import LAG, Node, Overtaken, Source
 from indexer.chain.position import Mode, Position
-from indexer.chain.rpc import Rpc
+from indexer.chain.rpc import Poll, Rpc
 from indexer.chain.rpc_errors import BeyondHead, RpcError
 from indexer.chain.schedule import BASE
 from indexer.chain.spans import asks_for_less
@@ -102,6 +103,8 @@ async def follow(
                     await position.latch(shown)
                     raise shown from None
                 failures, patience = failures + 1, MOVING
+            except Overtaken as overtaken:
+                log.debug("begun again elsewhere", chain=chain.name, reason=str(overtaken))
             except (Unsettled, Lie, RpcError) as trouble:
                 if source.failed(trouble):
                     continue
@@ -126,6 +129,7 @@ class _Follower:
         self._heads: deque[Header] = deque(maxlen=512)
         self._latest: int | None = None  # the height of `_asked` at the last poll
         self._asked = source.lead
+        self._owed = False  # whoever took over in the middle of a poll told only how far it is: it has more
         self._strange = 0  # announced heads in a row that the lead does not show
 
     @property
@@ -141,7 +145,9 @@ class _Follower:
     @property
     def behind(self) -> bool:
         """Whether there is work that waits for nothing."""
-        return bool(self._heads) or self._latest is None or self._latest - self._position.cursor.number > FAR
+        return (
+            bool(self._heads) or self._owed or self._latest is None or self._latest - self._position.cursor.number > FAR
+        )
 
     # --------------------------------------------------------------------- every header
 
@@ -187,16 +193,25 @@ class _Follower:
 
     async def _shown(self, head: Header) -> bool:
         """Whether the node, asked by number, shows the announced head: a late message of a branch that lost undoes nothing."""
-        raw = await self._rpc.header(head.number) if await self._reaches(head.number) else None
-        if raw is None:
-            raise Unsettled(f"block {head.number} was announced, and {self._rpc.name} does not serve it")
-        return verify_header(raw, self._position.schedule, head.number, count=self._count).hash == head.hash
+
+        async def shown(node: Node) -> Header:
+            raw = await node.rpc.header(head.number) if await self._reaches(node, head.number) else None
+            if raw is None:
+                raise Unsettled(f"block {head.number} was announced, and {node.name} does not serve it")
+            return verify_header(raw, self._position.schedule, head.number, count=self._counting(node))
+
+        return (await self._source.ask(shown)).hash == head.hash
 
     async def _gap(self, cursor: BlockRef, high: int) -> list[Header]:
         """Headers of cursor+1 … high, linked to each other. Raises Reorganised when they do not follow the cursor."""
-        if not await self._reaches(high):
-            raise Unsettled(f"block {high} was announced, and {self._rpc.name} has not come so far")
-        headers = await headers_of(self._rpc, range(cursor.number + 1, high + 1), self._position.schedule, self._count)
+
+        async def shown(node: Node) -> list[Header]:
+            if not await self._reaches(node, high):
+                raise Unsettled(f"block {high} was announced, and {node.name} has not come so far")
+            wanted = range(cursor.number + 1, high + 1)
+            return await headers_of(node.rpc, wanted, self._position.schedule, self._counting(node))
+
+        headers = await self._source.ask(shown)
         for parent, child in itertools.pairwise(headers):
             if child.parent_hash != parent.hash:
                 raise Unsettled(f"{self._rpc.name}: block {child.number} does not follow block {parent.number}")
@@ -204,9 +219,12 @@ class _Follower:
             raise Reorganised(await linkage.ancestor_of(headers[0], self._position.as_held(), self._rpc))
         return headers
 
-    async def _reaches(self, number: int) -> bool:
-        """With several endpoints, whether the lead reported so high a head; the only one is asked in any case."""
-        return not self._source.pool.several or await self._source.reaches(number)
+    async def _reaches(self, node: Node, number: int) -> bool:
+        """With several endpoints, whether this one reported so high a head; the only one is asked in any case."""
+        return not self._source.pool.several or await node.reaches(number)
+
+    def _counting(self, node: Node) -> Count | None:
+        return self._source.pool.counting(node.name)
 
     # --------------------------------------------------------------------- ranges
 
@@ -216,7 +234,7 @@ class _Follower:
         if self._asked is not self._source.lead:
             self._asked, self._latest = self._source.lead, None
         if self._chain.follow == "every-header" and not self._far():
-            raw = await self._rpc.header("latest")
+            raw = await self._source.ask(lambda node: node.rpc.header("latest"))
             if raw is None:
                 raise Unsettled(f"{self._rpc.name} knows no latest block")
             self._heads.append(verify_header(raw, self._position.schedule, count=self._count))
@@ -239,20 +257,30 @@ class _Follower:
     async def _range(self, to: int | None = None) -> None:
         cursor = self._position.cursor
         known = cursor.number if self._latest is None else self._latest
-        span = min(RANGE, self._rpc.limits.max_span or RANGE)
-        high = max(cursor.number, min(known if to is None else to, cursor.number + span))
         wanted = sorted(self._gatherer.filter)
+        lead = self._source.lead
+
+        async def polled(node: Node) -> tuple[Poll, int]:
+            upto = known if to is None else to
+            if node is not lead:
+                upto = min(upto, node.head)  # that it reported: a range above it may come back empty
+            span = min(RANGE, node.rpc.limits.max_span or RANGE)
+            high = max(cursor.number, min(upto, cursor.number + span))
+            try:
+                return await node.rpc.poll(cursor.number, high, wanted), high
+            except RpcError as refusal:
+                if isinstance(refusal, BeyondHead) or not asks_for_less(refusal):
+                    raise
+            poll = await node.rpc.poll(cursor.number, high, [])
+            logs = await node.rpc.logs_adaptive(wanted, cursor.number + 1, high, count=self._counting(node))
+            return replace(poll, logs=logs), high
+
         try:
-            poll = await self._rpc.poll(cursor.number, high, wanted)
-            raws = poll.logs
+            poll, high = await self._source.ask(polled, hedged=known - cursor.number <= FAR)
         except BeyondHead:
             return  # another backend than the one that told its height
-        except RpcError as refusal:
-            if not asks_for_less(refusal):
-                raise
-            poll = await self._rpc.poll(cursor.number, high, [])
-            raws = await self._rpc.logs_adaptive(wanted, cursor.number + 1, high, count=self._count)
         latest = verify_header(poll.latest, self._position.schedule, count=self._count)
+        self._asked, self._owed = self._source.lead, self._source.lead is not lead and latest.number > high
         self._latest = latest.number
         self._source.lead.reported(latest.number, asyncio.get_running_loop().time())
         if poll.cursor is None or latest.number < cursor.number:
@@ -264,7 +292,7 @@ class _Follower:
             await self._position.keep_mode("polling")
             return
         end = verify_header(poll.end, self._position.schedule, high, count=self._count)
-        await self._position.commit(await self._gatherer.by_range(cursor, end, raws), "polling")
+        await self._position.commit(await self._gatherer.by_range(cursor, end, poll.logs), "polling")
 
     async def _lagging(self, latest: Header) -> None:
         """The node's head is below our cursor: it lags, unless a block that we both should hold is not the same."""

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, Literal
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, TypeVar
 
 import structlog
 
+from indexer.chain.hedging import Credit, Usual, raced
 from indexer.chain.integrity import Count, Lie, Observed, Outcome, proven_logs
 from indexer.chain.limits import Limits
+from indexer.chain.linkage import Unsettled
 from indexer.chain.rpc import Rpc
 from indexer.chain.rpc_errors import MethodMissing, PrunedHistory, RpcError
 from indexer.chain.schedule import ScheduleMismatch, WrongChain, check_chain_id, check_genesis, discover
@@ -26,6 +28,7 @@ from indexer.telemetry import Metrics
 
 log = structlog.get_logger(__name__)
 
+T = TypeVar("T")
 Role = Literal["primary", "fallback", "archive"]
 Purpose = Literal["head", "history"]
 Why = Literal["lie", "fork", "wrong_chain"]
@@ -44,6 +47,8 @@ REST: Final = (
     30.0,
 )  # seconds that an endpoint is not preferred after an error, by how often in a row
 UNFIT: Final = 600.0  # … after one that asking again does not change: too old for it, or no such method
+SLOW: Final = (0.0, 5.0, 30.0, 60.0, 300.0)  # seconds without the lead for one that was too slow, by how often
+FORGIVEN: Final = 600.0  # … counted anew when it was not for so long
 LAG: Final = 10  # seconds of chain that a leader may be behind another endpoint on our chain
 STUCK: Final = 30.0  # seconds without a new block after which an endpoint has no vote
 
@@ -79,6 +84,8 @@ class Node:
     advanced_at: float = 0.0
     identified: bool = False  # as our chain, since it last failed
     seen: Seen | None = None
+    looked_at: float = 0.0  # when the look was begun that brought it
+    usual: Usual = field(default_factory=Usual)  # at the head
     trouble: str | None = None  # why the last look failed
     strikes: int = 0  # looks in a row at which it stood apart
     put_aside: tuple[Why, str, float] | None = None  # why, in words, until when
@@ -89,6 +96,14 @@ class Node:
     @property
     def name(self) -> str:
         return self.rpc.name
+
+    async def reaches(self, number: int) -> bool:
+        """Whether it has reported a head so high: a node is not asked above it (a gateway answers [] there)."""
+        if self.head < number:
+            latest = await self.rpc.header("latest")
+            if latest is not None and latest.number is not None:
+                self.reported(int(latest.number, 16), asyncio.get_running_loop().time())
+        return self.head >= number
 
     def reported(self, head: int, now: float) -> None:
         self.head = head
@@ -145,7 +160,8 @@ class Pool:
 
     def source(self, purpose: Purpose = "head") -> Source:
         ranks = {role: rank for rank, role in enumerate(ORDER[purpose])}
-        return Source(self, sorted(self.nodes, key=lambda node: (ranks[node.role], node.place)))
+        nodes = sorted(self.nodes, key=lambda node: (ranks[node.role], node.place))
+        return Source(self, nodes, hedges=purpose == "head")
 
     # --------------------------------------------------------------------- who may be asked, and who has a vote
 
@@ -172,6 +188,12 @@ class Pool:
         if self._metrics is not None:
             newest = max(other.time_s for other in self.nodes)
             self._metrics.endpoint_behind.labels(self.chain, node.name).set(newest - node.time_s)
+
+    def fit(self, nodes: Iterable[Node]) -> list[Node]:
+        """Those of them that may lead at the head: with a vote, on our chain, and not behind the others."""
+        fit = [node for node in nodes if self.live(node) and node.seen is not None and node.seen.holds]
+        newest = max((node.time_s for node in fit), default=0)
+        return [node for node in fit if newest - node.time_s <= LAG]
 
     def standing(self, node: Node) -> tuple[str, str | None]:
         """For status: 'live', 'behind', 'apart', 'failing', 'quarantined' or 'unknown', and why."""
@@ -223,12 +245,32 @@ class Pool:
         node.identified = True
 
 
-class Source:
-    """Whom one loop asks: `rpc`, until that one fails. With one endpoint it is always the same."""
+#: What the question of one endpoint may end with and decide nothing.
+NO_ANSWER: Final = (RpcError, Lie, Unsettled, WrongChain)
 
-    def __init__(self, pool: Pool, nodes: Sequence[Node]) -> None:
+
+class Overtaken(Unsettled):
+    """Another endpoint answered sooner, in the middle of a step, and leads now: the step is begun again there."""
+
+
+@dataclass(slots=True)
+class Slowness:
+    """When an endpoint was too slow last, how often since it was forgiven, and until when it is not preferred."""
+
+    at: float
+    times: int
+    until: float
+
+
+class Source:
+    """Whom one loop asks: `rpc`, until that one fails. With one endpoint it is always the same. `hedges`: whether `ask` turns to
+    another as well where the lead is slow; not where much is read, which would be read twice."""
+
+    def __init__(self, pool: Pool, nodes: Sequence[Node], *, hedges: bool = False) -> None:
         self.pool, self._nodes = pool, list(nodes)
         self.lead = self._nodes[0]
+        self._hedges, self._credit = hedges and len(self._nodes) > 1, Credit()
+        self._slow: dict[Node, Slowness] = {}
         self._rests: dict[Node, tuple[float, int]] = {}  # until when, and how often it failed in a row
         self._suspect: tuple[Node, Lie] | None = None
         self.count: Count = (
@@ -251,7 +293,10 @@ class Source:
     @property
     def others(self) -> list[Node]:
         """Who could be asked besides, best first."""
-        return [node for node in self._nodes if node is not self.lead and self.pool.usable(node)]
+        return self.others_than(self.lead)
+
+    def others_than(self, first: Node) -> list[Node]:
+        return [node for node in self._nodes if node is not first and self.pool.usable(node)]
 
     # --------------------------------------------------------------------- taking over
 
@@ -269,7 +314,8 @@ class Source:
         self._rests[lead] = (now + rest, times)
         fresh = [node for node in self.others if self._rest_of(node) <= now]
         if fresh:
-            self._take_over(fresh[0], str(trouble))
+            quick = [node for node in fresh if not self._is_slow(node)]
+            self._take_over((quick or fresh)[0], str(trouble))
             return True
         if self.others:
             self._take_over(min([lead, *self.others], key=self._rest_of), str(trouble))
@@ -294,9 +340,9 @@ class Source:
     def reconsider(self) -> None:
         """Away from a leader that lags; back to a better endpoint that has rested: a fallback is for the time of need."""
         now = asyncio.get_running_loop().time()
-        fit = [node for node in self._nodes if self.pool.live(node) and node.seen is not None and node.seen.holds]
+        fit = self.pool.fit(self._nodes)
         newest = max((node.time_s for node in fit), default=0)
-        fit = [node for node in fit if newest - node.time_s <= LAG]
+        fit = [node for node in fit if node is self.lead or not self._is_slow(node)] or fit
         if fit and self.lead.seen is not None and newest - self.lead.time_s > LAG:
             self._take_over(fit[0], f"the one before is {newest - self.lead.time_s} s behind")
         elif better := [node for node in fit if self._rest_of(node) <= now and self._before(node)]:
@@ -330,6 +376,74 @@ class Source:
             self._suspect = None
             return
         self._suspect = (node, lie)
+
+    # --------------------------------------------------------------------- one that is slow
+
+    async def ask(self, question: Callable[[Node], Coroutine[Any, Any, T]], *, hedged: bool = True) -> T:
+        """The lead's answer. Where that takes longer than it usually does, the next endpoint is asked as well, once it is known to be our
+        chain: whoever answers first leads from then on, and its answer is taken whole.
+
+        Raises what the lead's question raised, where no other had an answer.
+        """
+        lead = self.lead
+        if not (hedged and self._hedges):
+            return await question(lead)
+        self._credit.earn()
+        asked: list[Node] = []
+
+        async def instead(node: Node) -> T:
+            await self.pool.identify(node)
+            return await question(node)
+
+        def second() -> Coroutine[Any, Any, T] | None:
+            node = self._stand_in(lead)
+            if node is None:
+                return None
+            asked.append(node)
+            return instead(node)
+
+        outcome = "unanswered"
+        try:
+            answer, overtaken = await raced(question(lead), lead.usual, second, NO_ANSWER)
+            outcome = "overtaken" if overtaken else "in_time"
+        finally:
+            if asked and self.pool._metrics is not None:
+                self.pool._metrics.hedged.labels(self.pool.chain, lead.name, outcome).inc()
+        if overtaken:
+            self._overtaken(lead, asked[0])
+        return answer
+
+    async def ask_on(self, question: Callable[[Node], Coroutine[Any, Any, T]]) -> T:
+        """As `ask`, in the middle of a step that is gathered from the lead. Raises Overtaken where it leads no more."""
+        lead = self.lead
+        answer = await self.ask(question)
+        if self.lead is not lead:
+            raise Overtaken(f"{self.lead.name} answered sooner than {lead.name}")
+        return answer
+
+    def _stand_in(self, lead: Node) -> Node | None:
+        if self.lead is not lead:  # another question has found one already
+            return self.lead
+        now = asyncio.get_running_loop().time()
+        for node in self.pool.fit(self._nodes):
+            if node is not lead and self._rest_of(node) <= now and not self._is_slow(node):
+                return node if self._credit.spend() else None
+        return None
+
+    def _overtaken(self, slow: Node, by: Node) -> None:
+        if self.lead is not slow:  # it has paid for that already
+            return
+        now = asyncio.get_running_loop().time()
+        before = self._slow.get(slow)
+        times = 1 if before is None or now - before.at > FORGIVEN else before.times + 1
+        self._slow[slow] = Slowness(now, times, now + SLOW[min(times, len(SLOW)) - 1])
+        slow.identified = False
+        self._take_over(by, f"it answered sooner than {slow.name}, which takes longer than usual")
+
+    def _is_slow(self, node: Node) -> bool:
+        """Until its time is over, and a look at it that was begun since then has succeeded."""
+        slow = self._slow.get(node)
+        return slow is not None and (asyncio.get_running_loop().time() < slow.until or node.looked_at <= slow.at)
 
     # --------------------------------------------------------------------- who the chain is
 
@@ -401,22 +515,14 @@ class Source:
 
     # --------------------------------------------------------------------- asking
 
-    async def reaches(self, number: int) -> bool:
-        """Whether the lead has reported a head so high: a node is not asked above it (a gateway answers [] there)."""
-        if self.lead.head < number:
-            latest = await self.rpc.header("latest")
-            if latest is not None and latest.number is not None:
-                self.lead.reported(int(latest.number, 16), asyncio.get_running_loop().time())
-        return self.lead.head >= number
-
-    async def receipts(self, header: Header) -> tuple[list[RawReceipt], str | None] | None:
+    async def receipts(self, header: Header, first: Node | None = None) -> tuple[list[RawReceipt], str | None] | None:
         """The checked receipts of a block, and why its root proves nothing about them; None where the endpoint does not hold it.
 
-        Of the lead; where it has no such method, of the next that has: what goes wrong there is no fault of the lead's.
-        Raises RpcError and Lie of the lead, MethodMissing where nobody has receipts that can be used.
+        Of `first` (the lead, where nobody is named); where it has no such method, of the next that has: what goes wrong there is no
+        fault of its own. Raises RpcError and Lie of the first, MethodMissing where nobody has receipts that can be used.
         """
-        absent = False
-        for node in (self.lead, *self.others):
+        absent, first = False, first or self.lead
+        for node in (first, *self.others_than(first)):
             if node.no_receipts:
                 continue
             try:
@@ -427,10 +533,10 @@ class Source:
             except MethodMissing:
                 node.no_receipts = True
             except (RpcError, Lie):
-                if node is self.lead:
+                if node is first:
                     raise
-            if node is self.lead and absent:
+            if node is first and absent:
                 break
         if absent:
             return None
-        raise MethodMissing("no endpoint offers it", endpoint=self.rpc.name, method="eth_getBlockReceipts", params="")
+        raise MethodMissing("no endpoint offers it", endpoint=first.name, method="eth_getBlockReceipts", params="")

@@ -477,9 +477,10 @@ class Position:
         if not open_ones and (sampled is None or self._mode == "socket"):
             return good
         references = [ref for ref in (sampled, self.cursor) if ref is not None]
+        wanted = [*(t.number for t in open_ones), *(r.number for r in references)]
         try:
-            shown = await headers_of(
-                self._rpc, [*(t.number for t in open_ones), *(r.number for r in references)], self.schedule, self._count
+            shown = await self._source.ask(
+                lambda node: headers_of(node.rpc, wanted, self.schedule, self._source.pool.counting(node.name))
             )
         except Unsettled:  # the node lags
             return good

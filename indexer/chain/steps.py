@@ -11,12 +11,13 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Literal
 
 from indexer.chain.decode import Decoded, Decoder, Speakers
-from indexer.chain.integrity import Count, Lie, Outcome
+from indexer.chain.integrity import Lie, Outcome
 from indexer.chain.linkage import Unsettled
 from indexer.chain.logs import checked, headers_of, timed
-from indexer.chain.pool import Source
+from indexer.chain.pool import Node, Source
 from indexer.chain.proof import bloom_bits
 from indexer.chain.rpc import Rpc
 from indexer.chain.rpc_errors import MethodMissing, RpcError, UnknownBlock
@@ -24,6 +25,9 @@ from indexer.chain.wire import Log, RawLog, quantity
 from indexer.model.types import BlockRef, Header, Schedule
 from indexer.store.coverage import Verdict
 
+How = Literal[
+    "proven", "whole", "by address"
+]  # a block was read: by receipts that make the root in its header, by others, or without
 READY = (0.05, 0.1, 0.2, 0.4, 0.8)  # seconds to wait for receipts of a block that was just announced (F30, F83)
 
 
@@ -74,8 +78,6 @@ class Gatherer:
         self._decoder, self._count = decoder, source.count
         self.speakers = Speakers(0, ())
         self.filter: frozenset[bytes] = frozenset()
-        self._proven: set[int] = set()  # blocks of the step at hand …
-        self._by_address: set[int] = set()  # … and those that were not read whole
 
     @property
     def rpc(self) -> Rpc:
@@ -87,14 +89,12 @@ class Gatherer:
         """Linked headers, each passed through the gate; blocks that it admits are read whole, by hash."""
         wanted = self.filter
         logs: dict[int, list[Log]] = {}
-        self._proven, self._by_address = set(), set()
+        how: dict[int, How] = {}
         while True:
             gate = Gate(self.speakers.speaks_for, wanted.difference(self.speakers.speaks_for), self._decoder.topics)
             admitted = [header for header in headers if header.number not in logs and gate.admits(header)]
-            for header, found in zip(
-                admitted, await asyncio.gather(*(self._read(header, wanted) for header in admitted)), strict=True
-            ):
-                logs[header.number] = found
+            for header, found in zip(admitted, await self._read_all(admitted, wanted), strict=True):
+                logs[header.number], how[header.number] = found
             # what strangers say with our topics goes along: the decoder counts it, and stores none of it
             kept = [
                 log
@@ -109,61 +109,70 @@ class Gatherer:
             wanted |= new
             # by address: blocks that were asked without the new tokens are asked again
             first = min(token.block_number for token in rows.tokens)
-            logs = {number: found for number, found in logs.items() if number < first or number not in self._by_address}
+            logs = {number: found for number, found in logs.items() if number < first or how[number] != "by address"}
         # logs that were asked for by address, or that came in receipts which no root proves, are one endpoint's word
-        gated = self._proven.union(h.number for h in headers if h.number not in logs)
+        proven = frozenset(number for number in logs if how[number] == "proven")
+        gated = proven.union(h.number for h in headers if h.number not in logs)
         return Step(
             list(headers),
             rows,
             _merged((("gate" if h.number in gated else "unverified"), h.number) for h in headers),
             wanted,
-            frozenset(self._proven),
+            proven,
         )
 
-    async def _read(self, header: Header, wanted: frozenset[bytes]) -> list[Log]:
-        """All logs of a block from its receipts; where there is no such method, the wanted ones by its hash."""
+    async def _read_all(self, headers: Sequence[Header], wanted: frozenset[bytes]) -> list[tuple[list[Log], How]]:
+        """What `_read` gives of each, all at once, all of one endpoint: where one of its answers is late, of the next."""
+        if not headers:
+            return []
+
+        async def read(node: Node) -> list[tuple[list[Log], How]]:
+            return await asyncio.gather(*(self._read(node, header, wanted) for header in headers))
+
+        return await self.source.ask(read)
+
+    async def _read(self, node: Node, header: Header, wanted: frozenset[bytes]) -> tuple[list[Log], How]:
+        """All logs of a block from its receipts, where there is no such method, the wanted ones by its hash."""
         lie: Lie | None = None
         for pause in (*(READY[:1] if self.source.others else READY), None):
             try:
-                raws = await self._ask(header, wanted)
-            except Lie as found:  # counted where it was found; receipts that are not ready are the commonest of them
-                lie, reason = found, str(found)
+                found = await self._ask(node, header, wanted)
+            except Lie as wrong:  # counted where it was found; receipts that are not ready are the commonest of them
+                lie, reason = wrong, str(wrong)
             else:
-                if raws is not None:
-                    return timed(raws, self.schedule, {header.number: header})
+                if found is not None:
+                    return timed(found[0], self.schedule, {header.number: header}), found[1]
                 lie, reason = None, "the node does not hold it yet"
             if pause is not None:
                 await asyncio.sleep(pause)
         if lie is not None and self.source.others:
             raise lie  # asked again elsewhere before there is a verdict
-        raise Unsettled(f"{self.rpc.name}: receipts of block {header.number}: {reason}")
+        raise Unsettled(f"{node.name}: receipts of block {header.number}: {reason}")
 
-    async def _ask(self, header: Header, wanted: frozenset[bytes]) -> list[RawLog] | None:
+    async def _ask(self, node: Node, header: Header, wanted: frozenset[bytes]) -> tuple[list[RawLog], How] | None:
         with suppress(MethodMissing):
-            answer = await self.source.receipts(header)
+            answer = await self.source.receipts(header, node)
             if answer is None:
                 return None
             receipts, unproven = answer
-            if unproven is None:
-                self._proven.add(header.number)
-            return [log for receipt in receipts for log in receipt.logs]
-        self._by_address.add(header.number)
+            return [log for receipt in receipts for log in receipt.logs], "whole" if unproven else "proven"
         try:
-            raws = self._fit(await self.rpc.logs_of(header.hash, sorted(wanted)), header, wanted, self._count)
+            raws = await self._of(node, header, wanted)
         except UnknownBlock:
             return None
-        for node in self.source.others if not raws else ():
+        for other in self.source.others_than(node) if not raws else ():
             # the header admits a log and the answer is empty: nobody's word alone settles that
             with suppress(RpcError, Lie):
-                found = await node.rpc.logs_of(header.hash, sorted(wanted))
-                raws = self._fit(found, header, wanted, self.source.pool.counting(node.name))
+                raws = await self._of(other, header, wanted)
                 break
-        return raws
+        return raws, "by address"
 
-    def _fit(self, raws: list[RawLog], header: Header, wanted: frozenset[bytes], count: Count | None) -> list[RawLog]:
-        """Raises Lie where these are no logs of the block, or not those that were asked for."""
+    async def _of(self, node: Node, header: Header, wanted: frozenset[bytes]) -> list[RawLog]:
+        """Logs of the block by its hash. Raises Lie where they are none of it, or not those that were asked for."""
+        raws = await node.rpc.logs_of(header.hash, sorted(wanted))
         held = {header.number: header}
-        checked(timed(raws, self.schedule, held), header.number, header.number, wanted, held, count)
+        counted = self.source.pool.counting(node.name)
+        checked(timed(raws, self.schedule, held), header.number, header.number, wanted, held, counted)
         return raws
 
     # --------------------------------------------------------------------- ranges
@@ -206,7 +215,7 @@ class Gatherer:
         except ValueError as error:
             raise Lie("logs_parse", f"block number: {error}") from None
         # The ends again, in the same breath: had the chain moved meanwhile, one of them would show it.
-        answers = await headers_of(self.rpc, [*numbers, end.number, cursor.number], self.schedule, self._count)
+        answers = await self.source.ask_on(lambda node: self._headers(node, [*numbers, end.number, cursor.number]))
         if answers[-1].ref != cursor or answers[-2].ref != end.ref:
             raise Unsettled(f"the chain moved while blocks {cursor.number + 1} to {end.number} were read")
         headers.update({header.number: header for header in answers[:-2]})
@@ -226,6 +235,9 @@ class Gatherer:
             fitting = [raw for raw in fitting if quantity(raw.block_number or "") != header.number] + again
         logs = timed(fitting, self.schedule, headers)
         return checked(logs, cursor.number + 1, end.number, wanted, headers, self._count)
+
+    async def _headers(self, node: Node, numbers: Sequence[int]) -> list[Header]:
+        return await headers_of(node.rpc, numbers, self.schedule, self.source.pool.counting(node.name))
 
 
 def _merged(blocks: Iterable[tuple[Verdict, int]]) -> list[tuple[Verdict, int, int]]:

@@ -23,6 +23,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
+from indexer.chain.hedging import under_way
 from indexer.chain.pacing import Pace
 from indexer.chain.rpc_errors import (
     Asked,
@@ -226,7 +227,8 @@ class Transport:
                 await self._quiet(call)  # somebody else may have been refused meanwhile
             started, outcome = time.monotonic(), "cancelled"
             try:
-                yield
+                with under_way():
+                    yield
                 outcome = "ok"
                 self.pace.answered(loop.time())
             except RpcError as error:

@@ -61,6 +61,7 @@ async def _watch(pool: Pool, node: Node, seconds: float) -> None:
 
 async def look(pool: Pool, node: Node) -> None:
     """One look at an endpoint: its heads, and what it has where we hold a block. Raises RpcError, Lie."""
+    begun = asyncio.get_running_loop().time()
     count = pool.counting(node.name)
     latest, safe, finalized = (
         None if each is None else verify_header(each, pool.schedule, count=count) for each in await node.rpc.heads()
@@ -77,7 +78,7 @@ async def look(pool: Pool, node: Node) -> None:
     # what we held when we asked may have been undone since
     still = ours is not None and pool.ours(ours.number) == ours
     node.strikes = node.strikes + 1 if seen.apart and still else 0
-    node.seen = seen
+    node.seen, node.looked_at = seen, begun
 
 
 def voters(pool: Pool) -> list[Node]:
@@ -101,11 +102,7 @@ async def shown(pool: Pool, number: int, among: Sequence[Node] | None = None) ->
 async def _hash_at(pool: Pool, node: Node, number: int) -> Hash32 | None:
     with suppress(RpcError, Lie, TimeoutError):
         async with asyncio.timeout(ASK_SECONDS):
-            if node.head < number:
-                latest = await node.rpc.header("latest")
-                if latest is not None and latest.number is not None:
-                    node.reported(int(latest.number, 16), asyncio.get_running_loop().time())
-            if node.head < number:
+            if not await node.reaches(number):
                 return None
             raw = await node.rpc.header(number)
             if raw is not None:

@@ -232,6 +232,47 @@ async def test_the_leader_of_two_falls_far_behind(database: Database, socket: bo
             assert world.total("reorganisations_total") == 0
 
 
+async def most_behind(world: World, chain: FakeChain, seconds: float) -> int:
+    """Mines ten blocks a second, every fifth with an event; how far the follower was behind at most."""
+    most, due = 0, asyncio.get_running_loop().time()
+    for n in range(int(seconds * 10)):
+        chain.mine([issued(1000 + n)] if n % 5 == 0 else [])
+        due += 0.1
+        await asyncio.sleep(max(0.0, due - asyncio.get_running_loop().time()))
+        head = await world.database.pool.fetchval("SELECT head_number FROM indexer.chain")
+        most = max(most, chain.head.number - head)
+    return most
+
+
+@MODES
+@pytest.mark.parametrize("trouble", ["hangs", "is slow"])
+async def test_a_leader_that_does_not_answer_in_time_is_overtaken(
+    database: Database, socket: bool, trouble: str
+) -> None:
+    """A request at the head that waits for longer than usual goes to the next endpoint too, long before its time is over."""
+    async with nodes_of(loyal(FakeChain(block_ms=200)), 3) as nodes:
+        world = world_of(database, nodes, socket=socket)
+        async with world.running():
+            await world.caught_up()
+            await agree(world)
+            assert world.total("hedged_questions_total") == 0
+            await most_behind(world, nodes[0].chain, 1.0)
+            if trouble == "hangs":
+                nodes[0].hang("*", times=None)
+            else:
+                nodes[0].delay("*", 8.0, times=None)
+            reference = await world.register(1)
+            nodes[0].mine([issued(1)])
+            assert await most_behind(world, nodes[0].chain, 5.0) <= 25
+            await world.reaches(reference, "ready", 5.0)
+            name = f"127.0.0.1:{nodes[0].port}"
+            assert world.sample("hedged_questions_total", chain="fake", endpoint=name, outcome="overtaken") >= 1
+            assert not (await endpoints(world))[name]["leads"]
+            assert world.total("rpc_lies_total") == 0 and world.total("reorganisations_total") == 0
+            nodes[0].heal()
+            await world.intact()
+
+
 @MODES
 @pytest.mark.parametrize("liars", [1, 2], ids=["one shows it", "two show it"])
 async def test_a_finality_violation_is_latched_only_when_enough_show_it(
