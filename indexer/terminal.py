@@ -221,7 +221,8 @@ def _witnesses(seen: dict[str, Any]) -> list[str]:
     words = f"agree up to block {seen['blockNumber']}" if seen["agree"] else "DO NOT AGREE: facts go on, signals wait"
     lines = [f"  witnesses {seen['needed']} needed; endpoints {words}"]
     for each in seen["endpoints"]:
-        told = each["state"] + (f": {each['reason']}" if each["reason"] else "")
+        since = f" since {each['since']}" if each["since"] and each["state"] != "live" else ""
+        told = each["state"] + since + (f": {each['reason']}" if each["reason"] else "")
         lines.append(f"    {each['name']} ({each['role']}{', leads' if each['leads'] else ''}) {told}")
     return lines
 

@@ -11,6 +11,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Final, Literal, TypeVar
 
 import structlog
@@ -92,6 +93,7 @@ class Node:
     quarantines: int = 0
     at_odds: tuple[float, int] = (0.0, 0)  # its reading of history was not believed: until when, and how often
     no_receipts: bool = False
+    stands: tuple[str, datetime] | None = None  # as was said of it last, and since when
 
     @property
     def name(self) -> str:
@@ -192,11 +194,15 @@ class Pool:
     def fit(self, nodes: Iterable[Node]) -> list[Node]:
         """Those of them that may lead at the head: with a vote, on our chain, and not behind the others."""
         fit = [node for node in nodes if self.live(node) and node.seen is not None and node.seen.holds]
-        newest = max((node.time_s for node in fit), default=0)
-        return [node for node in fit if newest - node.time_s <= LAG]
+        return [node for node in fit if self.behind(node) <= LAG]
+
+    def behind(self, node: Node) -> int:
+        """Seconds of chain that it is behind the newest of those on our chain, as the last looks at them showed."""
+        newest = max((n.time_s for n in self.nodes if self.live(n) and n.seen is not None and n.seen.holds), default=0)
+        return max(0, newest - node.time_s)
 
     def standing(self, node: Node) -> tuple[str, str | None]:
-        """For status: 'live', 'behind', 'apart', 'failing', 'quarantined' or 'unknown', and why."""
+        """For status: 'live', 'lagging', 'stuck', 'apart', 'failing', 'quarantined' or 'unknown', and why."""
         if node.put_aside is not None and not self.usable(node):
             return "quarantined", node.put_aside[1]
         if node.trouble is not None:
@@ -204,10 +210,30 @@ class Pool:
         if node.seen is None:
             return "unknown", None
         if not self.live(node):
-            return "behind", f"no new block for {STUCK:g} s: it stands at {node.head}"
+            return "stuck", f"no new block for {STUCK:g} s: it stands at {node.head}"
         if node.seen.apart and node.seen.ours is not None:
             return "apart", f"it shows another block {node.seen.ours.number} than we hold"
+        if (behind := self.behind(node)) > LAG:
+            return (
+                "lagging",
+                f"{behind} s of chain behind the newest endpoint: it does not lead, and holds no more than it shows",
+            )
         return "live", None
+
+    def told(self, node: Node, now: datetime) -> dict[str, Any]:
+        """How it stands, as the store keeps it."""
+        state, reason = self.standing(node)
+        if node.stands is None or node.stands[0] != state:
+            node.stands = (state, now)
+        return {
+            "name": node.name,
+            "role": node.role,
+            "state": state,
+            "reason": reason,
+            "since": node.stands[1].isoformat(timespec="seconds"),
+            "behind_seconds": None if node.seen is None else self.behind(node),
+            "head": None if node.head < 0 else str(node.head),
+        }
 
     def quarantine(self, node: Node, why: Why, reason: str) -> bool:
         """Puts an endpoint aside for a while; not the last one that could be asked. Several loops notice the same trouble: one that
@@ -314,8 +340,8 @@ class Source:
         self._rests[lead] = (now + rest, times)
         fresh = [node for node in self.others if self._rest_of(node) <= now]
         if fresh:
-            quick = [node for node in fresh if not self._is_slow(node)]
-            self._take_over((quick or fresh)[0], str(trouble))
+            quick = [node for node in fresh if not self._is_slow(node)] or fresh
+            self._take_over((self.pool.fit(quick) or quick)[0], str(trouble))
             return True
         if self.others:
             self._take_over(min([lead, *self.others], key=self._rest_of), str(trouble))

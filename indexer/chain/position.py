@@ -404,19 +404,8 @@ class Position:
         self._source.reconsider()
         if found.height is None and len(found.apart) >= pool.quorum:
             self._source.prefer(found.apart, "most are on another branch")
-        told = []
-        for node in pool.nodes:
-            state, reason = pool.standing(node)
-            told.append(
-                {
-                    "name": node.name,
-                    "role": node.role,
-                    "state": state,
-                    "reason": reason,
-                    "head": None if node.head < 0 else str(node.head),
-                    "leads": node is self._source.lead,
-                }
-            )
+        now = datetime.now(UTC)
+        told = [pool.told(node, now) | {"leads": node is self._source.lead} for node in pool.nodes]
         # one look in the middle of a reorganisation is no lasting disagreement
         self._disagreed = 0 if found.height is not None else self._disagreed + 1
         async with self._lease.transaction() as conn:

@@ -148,9 +148,14 @@ async def judge(pool: Pool, ours: BlockRef) -> Verdict:
 
 
 async def agreed(pool: Pool, tag: Literal["safe", "finalized"]) -> Header | None:
-    """The highest block that enough endpoints hold, all of whom call it (or one above it) by this tag."""
+    """The highest block that enough endpoints hold, all of whom call it (or one above it) by this tag. Who calls a block so that is above
+    its own head has no vote: it does not hold it."""
     of: Callable[[Seen], Header | None] = (lambda seen: seen.safe) if tag == "safe" else (lambda seen: seen.finalized)
-    votes = [(node, header) for node in voters(pool) if node.seen is not None and (header := of(node.seen)) is not None]
+    votes = [
+        (node, header)
+        for node in voters(pool)
+        if node.seen is not None and (header := of(node.seen)) is not None and header.number <= node.seen.latest.number
+    ]
     votes.sort(key=lambda vote: -vote[1].number)
     for place in range(pool.quorum - 1, len(votes)):
         candidate = votes[place][1]

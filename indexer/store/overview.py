@@ -41,12 +41,15 @@ class History(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
 
 
 class Endpoint(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
-    """How an endpoint stood when the chain's follower last looked: `live` ones have a vote."""
+    """How an endpoint stood when the chain's follower last looked. `live` ones have a vote, and so have `lagging` ones for as far as they
+    are; those do not lead."""
 
     name: str
     role: Literal["primary", "fallback", "archive"]
-    state: Literal["live", "behind", "apart", "failing", "quarantined", "unknown"]
+    state: Literal["live", "lagging", "stuck", "apart", "failing", "quarantined", "unknown"]
     reason: str | None
+    since: str | None = None  # RFC 3339: when it came to stand so
+    behind_seconds: int | None = None  # of chain, behind the newest that is on our chain
     head: str | None
     leads: bool  # the one that the follower asks
 

@@ -162,7 +162,7 @@ chain = Table(
     Column("proof", Text, nullable=False, server_default=text("'off'")),
     Column("agreed_number", BigInteger),  # the highest block of ours that so many were seen to hold …
     Column("agreed_at", Time),  # … and when: with a quorum above one, signals wait while it is old
-    Column("endpoints", JSONB),  # how each endpoint stood at the last look: name, role, state, reason, head, leads
+    Column("endpoints", JSONB),  # how each endpoint stood at the last look (`Pool.told`), and whether it leads
     Column("latch", JSONB),  # a finality violation, both sides; no signals while it is set
     Column("unmatched_cursor", BigInteger),  # evidence up to this block was looked at for settlement.unmatched
     Column("history_complete", Boolean, nullable=False, server_default=text("false")),

@@ -382,6 +382,53 @@ async def test_an_answer_that_fails_a_check_is_asked_again_elsewhere(
             await world.intact()
 
 
+async def test_an_endpoint_that_lags_is_said_to_and_neither_leads_nor_holds_what_it_has_not(database: Database) -> None:
+    """The status says by how much and since when; an endpoint that fails is followed by one that keeps up; a tag above its own head counts
+    for nothing."""
+    async with nodes_of(loyal(FakeChain()), 4) as nodes:
+        first, second, third, fourth = nodes
+        names = [f"127.0.0.1:{node.port}" for node in nodes]
+        world = world_of(database, nodes, socket=False)
+        async with world.running():
+            first.mine(blocks=20)
+            await world.caught_up()
+            await agree(world)
+            first.lag = 12
+            first.mine(blocks=2)
+            await caught_up(database, second)
+            assert "24 s of chain behind" in await standing(world, first, "lagging")
+            told = (await endpoints(world))[names[0]]
+            assert told["behind_seconds"] == 24 and told["since"] and not told["leads"]
+            assert (await endpoints(world))[names[1]]["behind_seconds"] == 0
+            async with database.pool.acquire() as conn:
+                text = status_text(plain(await overview(conn)))
+            assert f"{names[0]} (primary) lagging since {told['since']}: 24 s of chain behind" in text
+
+            first.mine(blocks=1)
+            await caught_up(database, second)
+            assert (await endpoints(world))[names[0]]["since"] == told["since"], (
+                "it lags since then, though it moves on"
+            )
+            led = world.sample("failovers_total", chain="fake", endpoint=names[0])
+            await second.stop()
+            first.mine([issued(1)])
+            await caught_up(database, third)
+            assert world.sample("failovers_total", chain="fake", endpoint=names[0]) == led
+
+            above = first.head + 3
+            first.safe, third.safe, fourth.safe = above, above, above - 8
+
+            async def safe() -> int:
+                return int(await database.pool.fetchval("SELECT safe_number FROM indexer.chain") or 0)
+
+            async def counted() -> bool:
+                return await safe() >= above - 8
+
+            await eventually(counted, what="the lower of the two tags")
+            await world.looked()
+            assert await safe() == above - 8
+
+
 async def test_a_second_look_asks_another_endpoint_and_expiry_rests_on_both(database: Database) -> None:
     """The leader hides an event in history and at the head: the other finds it; what both read is `second_endpoint`."""
     async with nodes_of(loyal(FakeChain()), 2) as nodes:
@@ -443,5 +490,5 @@ async def test_the_status_names_the_endpoints(database: Database) -> None:
             assert "NOT LIVE: signals of readiness wait" in text
             assert "witnesses 2 needed; endpoints DO NOT AGREE: facts go on, signals wait" in text
             assert f"127.0.0.1:{nodes[0].port} (primary, leads) live" in text
-            assert f"127.0.0.1:{nodes[1].port} (fallback) failing: " in text and "no connection" in text
+            assert f"127.0.0.1:{nodes[1].port} (fallback) failing since " in text and "no connection" in text
             assert world.sample("witnesses", chain="fake") == 1
