@@ -175,7 +175,7 @@ class _Attester:
         nodes = [self._source.lead, *self._source.others]
 
         async def proven(node: Node) -> Proven:
-            await self._budget.spend(2)
+            await self._budget.spend(1 if self._pool.kept(block_hash) else 2)
             return await self._proven_by(node, block_hash, schedule)
 
         for node in nodes:
@@ -195,10 +195,13 @@ class _Attester:
 
     async def _proven_by(self, node: Node, block_hash: Hash32, schedule: Schedule | None) -> Proven:
         count = self._pool.counting(node.name)
-        raw, receipts = await asyncio.gather(node.rpc.header(block_hash), node.rpc.receipts(block_hash))
-        if raw is None or receipts is None:
+        if (header := self._pool.kept(block_hash)) is not None:  # since it was read
+            receipts = await node.rpc.receipts(block_hash)
+        else:
+            raw, receipts = await asyncio.gather(node.rpc.header(block_hash), node.rpc.receipts(block_hash))
+            header = None if raw is None else verify_header(raw, schedule, block_hash, count=count)
+        if header is None or receipts is None:
             raise Unsettled(f"{node.name} does not hold the block")
-        header = verify_header(raw, schedule, block_hash, count=count)
         logs, reason = proven_logs(header, receipts, count=count)
         if reason is not None:
             raise Unprovable(reason)

@@ -8,7 +8,7 @@ and that each quarantine has its reason, its end, and leaves at least one endpoi
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -51,6 +51,7 @@ UNFIT: Final = 600.0  # … after one that asking again does not change: too old
 SLOW: Final = (0.0, 5.0, 30.0, 60.0, 300.0)  # seconds without the lead for one that was too slow, by how often
 FORGIVEN: Final = 600.0  # … counted anew when it was not for so long
 LAG: Final = 10  # seconds of chain that a leader may be behind another endpoint on our chain
+KEPT: Final = 512  # headers of blocks with our logs, for whoever proves them
 STUCK: Final = 30.0  # seconds without a new block after which an endpoint has no vote
 
 
@@ -139,6 +140,7 @@ class Pool:
         self.ours: Callable[[int], BlockRef | None] = lambda _: None
         self._count, self._metrics, self.observe = count, metrics, observe
         self.limits = Limits(chain_id, [node.rpc for node in nodes])
+        self._headers: OrderedDict[Hash32, Header] = OrderedDict()
 
     @classmethod
     def of(cls, rpc: Rpc, chain_id: int, chain: str = "", count: Count | None = None) -> Pool:
@@ -149,6 +151,16 @@ class Pool:
     @property
     def several(self) -> bool:
         return len(self.nodes) > 1
+
+    def keep(self, headers: Iterable[Header]) -> None:
+        """Remembers headers whose hash was recomputed: they are what they are, whoever showed them."""
+        if not self.observe:
+            self._headers.update({header.hash: header for header in headers})
+        while len(self._headers) > KEPT:
+            self._headers.popitem(last=False)
+
+    def kept(self, block_hash: Hash32) -> Header | None:
+        return self._headers.get(block_hash)
 
     def counting(self, endpoint: str) -> Count | None:
         """Counts checks as that endpoint's."""

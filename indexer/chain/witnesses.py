@@ -1,7 +1,7 @@
 """What the endpoints of a pool agree on: the heights of the tags, the block at a height, and who stands apart.
 
 Promises that with two or more endpoints nothing is agreed that one of them says alone, that an endpoint without a vote (failing,
-stuck, in quarantine) is not counted, and that none is asked above the head that it reported. Looks are taken in the background, one
+stuck, in quarantine) is not counted, and that one which has not come so far holds nothing there. Looks are taken in the background, one
 loop an endpoint, so that one which hangs holds up nobody.
 """
 
@@ -102,11 +102,12 @@ async def shown(pool: Pool, number: int, among: Sequence[Node] | None = None) ->
 async def _hash_at(pool: Pool, node: Node, number: int) -> Hash32 | None:
     with suppress(RpcError, Lie, TimeoutError):
         async with asyncio.timeout(ASK_SECONDS):
-            if not await node.reaches(number):
-                return None
+            # by its number at once: whoever has not come so far answers null, and no other block (facts/rpc_errors.md, section 4)
             raw = await node.rpc.header(number)
             if raw is not None:
-                return verify_header(raw, pool.schedule, number, count=pool.counting(node.name)).hash
+                header = verify_header(raw, pool.schedule, number, count=pool.counting(node.name))
+                node.reported(max(number, node.head), asyncio.get_running_loop().time())
+                return header.hash
     return None
 
 

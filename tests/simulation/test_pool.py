@@ -6,6 +6,7 @@ Each node is a FakeNode on the same chain, or on a fork of it; the loops are the
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -427,6 +428,32 @@ async def test_an_endpoint_that_lags_is_said_to_and_neither_leads_nor_holds_what
             await eventually(counted, what="the lower of the two tags")
             await world.looked()
             assert await safe() == above - 8
+
+
+async def test_a_claimed_event_costs_one_call_a_witness_and_one_for_its_proof(database: Database) -> None:
+    """Polled: the header is the one that bound the event, and the witness is asked for its block alone, not for its head before."""
+    async with nodes_of(loyal(FakeChain()), 3) as nodes:
+        world = world_of(database, nodes, socket=False)
+        async with world.running():
+            await world.caught_up()
+            await agree(world)
+            references = [await world.register(n) for n in range(5)]
+            for n in range(5):
+                nodes[0].mine([issued(n)], 2)
+                await world.caught_up()
+            for reference in references:
+                await world.reaches(reference, "ready")
+
+                async def proven(reference: str = reference) -> bool:
+                    return (await world.evidence(reference))[0]["proof"] == "receipts_root"
+
+                await eventually(proven, what="proof")
+                assert (await world.evidence(reference))[0]["witnesses"] == 2
+            calls = sum((Counter(node.calls) for node in nodes), Counter())
+            assert calls["eth_getBlockReceipts"] == 5 and calls["eth_getBlockByHash"] == 0
+            for node in nodes[1:]:
+                heads = Counter(params[0] for method, params in node.asked if method == "eth_getBlockByNumber")
+                assert heads["latest"] == heads["safe"], "only looks ask for the head"
 
 
 async def test_a_second_look_asks_another_endpoint_and_expiry_rests_on_both(database: Database) -> None:
