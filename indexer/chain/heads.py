@@ -20,6 +20,8 @@ from indexer.chain.rpc_errors import Kind, RpcError, Unreachable, clean, error_f
 from indexer.chain.transport import UNREADABLE, ErrorBody, host_of, reason
 from indexer.chain.wire import RawHeader
 
+MAX_MESSAGE: Final = 2**17  # bytes: a header is some 2 kB, and hundreds of them may wait
+EARLY: Final = 64  # heads that are kept of those that come before the subscription is answered
 _SUBSCRIBE: Final = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "eth_subscribe", "params": ["newHeads"]})
 
 
@@ -73,7 +75,7 @@ class HeadStream:
         name: str | None = None,
         silent_seconds: float = 5.0,
         timeout: float = 10.0,
-        max_message: int = 2**20,
+        max_message: int = MAX_MESSAGE,
     ) -> None:
         try:
             self._url = URL(url)
@@ -151,7 +153,7 @@ class HeadStream:
                 raise self._refused(message.error.message or "", message.error.code, None)
             elif message.id == 1:
                 return
-            elif (head := self._head(message)) is not None:
+            elif (head := self._head(message)) is not None and len(self._early) < EARLY:
                 self._early.append(head)
 
     async def _message(self) -> _Message | None:

@@ -22,7 +22,7 @@ from indexer.chain.proof import (
     receipt_type,
     receipts_root,
 )
-from indexer.chain.wire import Log, RawHeader, RawLog, RawReceipt, exact_bytes, quantity
+from indexer.chain.wire import INT8_MAX, Log, RawHeader, RawLog, RawReceipt, exact_bytes, quantity
 from indexer.model.types import BlockRef, Hash32, Header, Schedule, hex0x
 
 __all__ = [
@@ -186,6 +186,8 @@ def verify_header(
     _run(HEADER_CHECKS, answer, count)
     try:
         number, time_s = answer.number, answer.time_s
+        if max(number, 1000 * time_s) > INT8_MAX:  # true to its hash, and nothing that any table holds
+            raise ValueError(f"block {number} at {time_s} s")
         return Header(
             number=number,
             hash=Hash32(exact_bytes(raw.hash or "", 32)),

@@ -171,6 +171,11 @@ class _Trial:
         return True
 
     async def _receipts(self, rpc: Rpc, seen: Seen) -> bool:
+        if not self.headers:
+            seen.problems.append(
+                f"{seen.endpoint} says that its head is block {seen.head}, and shows no block below it"
+            )
+            return False
         loud = next((header for header in reversed(self.headers) if any(header.bloom)), self.headers[-1])
         try:
             seen.receipts = await rpc.receipts(loud.hash) is not None

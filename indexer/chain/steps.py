@@ -214,6 +214,9 @@ class Gatherer:
             numbers = sorted({quantity(raw.block_number or "") for raw in raws} - headers.keys())
         except ValueError as error:
             raise Lie("logs_parse", f"block number: {error}") from None
+        if outside := [number for number in numbers if not cursor.number < number <= end.number]:
+            self._count("logs_range", Outcome.FAIL)
+            raise Lie("logs_range", f"a log of block {outside[0]} is outside {cursor.number + 1}…{end.number}")
         # The ends again, in the same breath: had the chain moved meanwhile, one of them would show it.
         answers = await self.source.ask_on(lambda node: self._headers(node, [*numbers, end.number, cursor.number]))
         if answers[-1].ref != cursor or answers[-2].ref != end.ref:

@@ -151,7 +151,9 @@ def parse_log(raw: RawLog, time_ms: int) -> Log:
         )
     except ValueError as error:  # binascii.Error and a non-ASCII string are ValueErrors too
         raise BadLog(f"log {raw.log_index} of block {raw.block_number} at {raw.address[:80]}: {error}") from None
-    if log.log_index > INT4_MAX or log.tx_index > INT4_MAX or log.block_number > INT8_MAX:
+    if log.log_index > INT4_MAX or log.tx_index > INT4_MAX or max(log.block_number, time_ms) > INT8_MAX:
         # 0xffffffff is a node's underflow, seen in the wild (facts/faults.md F41)
-        raise BadLog(f"log {raw.log_index} of transaction {raw.transaction_index}, block {raw.block_number}: no index")
+        raise BadLog(
+            f"log {raw.log_index} of transaction {raw.transaction_index}, block {raw.block_number}: no index or time"
+        )
     return log

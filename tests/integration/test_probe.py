@@ -110,3 +110,14 @@ async def test_what_fails_is_said(tmp_path: Path) -> None:
         assert any("the endpoints are of different chains" in problem for problem in document["problems"])
         assert any("cannot" in problem or "refused" in problem for problem in document["problems"][-2:])
         assert [len(chain["endpoints"]) for chain in document["chains"]] == [3]
+
+
+async def test_a_head_without_blocks_below_it() -> None:
+    """A gateway that answers `latest`, and holds no block by its number."""
+    async with FakeNode() as node:
+        node.mine([created(1)], 150)
+        node.lie(
+            "eth_getBlockByNumber", lambda params, raw: raw if params[0] in ("latest", "0x0") else None, times=None
+        )
+        (seen,) = (await probed(node, socket=False)).endpoints
+        assert any("shows no block below it" in problem for problem in seen.problems), seen

@@ -8,10 +8,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from indexer.chain.proof import header_hash
+from indexer.chain.wire import RawHeader
 from indexer.store.database import Database
-from tests.fake_node import FakeChain
+from tests.fake_node import FakeChain, hx
 from tests.following import caught_up, eventually, issued, stored, truth
-from tests.simulation.test_pool import agree, loyal, nodes_of, world_of
+from tests.simulation.test_pool import agree, endpoints, loyal, nodes_of, world_of
 from tests.simulation.test_proof import word_of
 
 
@@ -172,3 +174,58 @@ async def test_a_second_reader_makes_up_an_event_with_the_nonce_of_a_settled_one
             await world.looked()
             assert [t for t in await world.trace(reference) if t != "finalized"] == ["ready"]
             assert await stored(database) == truth(chain)
+
+
+def resealed(raw: dict[str, Any], **other: str) -> dict[str, Any]:
+    """The header with other fields, true to its hash again."""
+    raw = raw | other
+    return raw | {"hash": hx(header_hash(msgspec.convert(raw, RawHeader)))}
+
+
+@pytest.mark.parametrize("history", [True, False], ids=["history", "head"])
+async def test_times_that_no_table_holds_stop_nobody(database: Database, history: bool) -> None:
+    """A header may say any time, and hash to what it says: a lie like another, and the next endpoint is asked."""
+
+    def far(params: list[Any], raw: dict[str, Any]) -> dict[str, Any]:
+        return resealed(raw, timestamp="0x" + "f" * 20) if int(raw["number"], 16) >= 6 else raw
+
+    def late(_: Any, logs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [log | {"blockTimestamp": "0x" + "f" * 20} for log in logs]
+
+    async with nodes_of(loyal(FakeChain()), 3) as nodes:
+        if history:
+            nodes[0].set_tags(safe=4, finalized=4)
+            nodes[0].lie("eth_getLogs", late, times=None)
+        else:
+            nodes[0].lie("eth_getBlockByNumber", far, times=None)
+        world = world_of(database, nodes, socket=False)
+        async with world.running():
+            await caught_up(database, nodes[1])
+            nodes[1].mine([issued(1)])
+            await caught_up(database, nodes[1])
+            await world.intact()
+            assert world.supervisor is not None
+            assert {name: task.problem for name, task in world.supervisor.tasks.items() if task.problem} == {}
+
+
+async def test_who_is_right_is_not_put_aside_while_another_lags(database: Database) -> None:
+    """The leader goes its own way, the third has not come so far yet: it holds our old blocks, and speaks for none of the new ones."""
+    async with nodes_of(loyal(FakeChain()), 3) as nodes:
+        world = world_of(database, nodes, socket=True)
+        async with world.running():
+            await world.caught_up()
+            await agree(world)
+            ours = nodes[0].chain
+            fork = ours.fork()
+            nodes[0].move_to(fork)
+            for behind in range(1, 40):
+                nodes[2].lag = min(behind, 20)
+                fork.mine()
+                ours.mine()
+                await asyncio.sleep(0.02)
+            told = await endpoints(world)
+            assert told[f"127.0.0.1:{nodes[1].port}"]["state"] != "quarantined", told
+            nodes[2].lag = 0
+            ours.mine()
+            await caught_up(database, nodes[1])
+            assert await stored(database) == truth(ours)
