@@ -95,6 +95,26 @@ def _outcome(found: AnswerRow) -> str:
 
 
 async def _look(source: Source, question: Question, finalized: int) -> AnswerRow:
+    """What as many endpoints say as must agree: which transaction a receipt is of is hashed in no header, so nobody can prove it."""
+    needed = source.pool.quorum
+    if needed == 1:
+        return await _look_at(source, question, finalized)
+    answers: list[AnswerRow] = []
+    trouble: Exception | None = None
+    for node in (source.lead, *source.others):
+        try:
+            answer = await _look_at(source.fixed(node), question, finalized)
+        except (RpcError, Lie, Unsettled) as error:
+            trouble = trouble or error
+            continue
+        answers.append(answer)
+        if answers.count(answer) >= needed:
+            return answer
+    said = f"fewer than {needed} endpoints say the same of transaction {hex0x(question.tx_hash)}"
+    raise Unsettled(said + ("" if trouble is None else f"; {trouble}"))
+
+
+async def _look_at(source: Source, question: Question, finalized: int) -> AnswerRow:
     found = await _found(source, question, finalized)
     if found.block_number is None and question.block_number is not None:
         header = (await headers_of(source.rpc, [question.block_number], None, source.count))[0]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
+from typing import Any
 
 import asyncpg
 import pytest
 
 from indexer.chain import lookups
 from indexer.chain.lookups import TRANSFER, answer_lookups
-from indexer.chain.pool import Pool
+from indexer.chain.pool import Node, Pool
 from indexer.chain.rpc import Rpc
 from indexer.store.database import Database
 from indexer.store.leases import Leases
@@ -213,3 +214,58 @@ async def test_a_transaction_that_nobody_can_look_up_holds_up_no_other(
 def _moved(row: asyncpg.Record) -> list[dict[str, str]]:
     found: list[dict[str, str]] = row["transfer"]
     return found
+
+
+async def test_which_transaction_a_receipt_is_of_is_not_for_one_endpoint_to_say(database: Database) -> None:
+    """The receipts prove themselves, under the hashes of each other's transactions: two others say otherwise, and are believed."""
+    chain = FakeChain()
+
+    def exchanged(_: Any, receipts: Any) -> Any:
+        renamed = {
+            "0x" + ours.hex(): "0x" + theirs.hex()
+            for (ours, _), (theirs, _) in zip(block.txs, block.txs[::-1], strict=True)
+        }
+        found = [
+            each
+            | {"transactionHash": renamed[each["transactionHash"]]}
+            | {"logs": [log | {"transactionHash": renamed[log["transactionHash"]]} for log in each["logs"]]}
+            for each in chain.receipts(block)
+        ]
+        if isinstance(receipts, list):
+            return found
+        return next(each for each in found if each["transactionHash"] == receipts["transactionHash"])
+
+    async with AsyncExitStack() as stack:
+        nodes = [await stack.enter_async_context(FakeNode(chain=chain)) for _ in range(3)]
+        block = nodes[0].mine([mint(250), mint(100)])
+        for method in ("eth_getBlockReceipts", "eth_getTransactionReceipt"):
+            nodes[0].lie(method, exchanged, times=None)
+        tx = block.txs[-1][0]
+        await database.pool.execute(
+            "INSERT INTO indexer.chain (chain_id, name, head_number, finalized_number) VALUES ($1, 'fake', 1, 0)",
+            chain.chain_id,
+        )
+        async with database.pool.acquire() as conn:
+            await ask_chain(conn, [(chain.chain_id, tx)])
+
+        async def run() -> None:
+            async with AsyncExitStack() as open_ones, Leases(database, ttl=15).hold("lookups:1") as lease:
+                rpcs = [await open_ones.enter_async_context(Rpc(node.url, timeout=5)) for node in nodes]
+                pool = Pool(
+                    "fake", chain.chain_id, [Node(rpc, place=place) for place, rpc in enumerate(rpcs)], quorum=2
+                )
+                await answer_lookups("fake", chain.chain_id, pool.source(), lease, Wakeups(), metrics=Metrics())
+
+        running = asyncio.create_task(run())
+        try:
+
+            async def answered() -> bool:
+                return bool(await database.pool.fetchval("SELECT block_number IS NOT NULL FROM indexer.chain_lookup"))
+
+            await eventually(answered)
+            found = await database.pool.fetchrow("SELECT * FROM indexer.chain_lookup")
+            assert found is not None and [moved["value"] for moved in _moved(found)] == ["100"]
+        finally:
+            running.cancel()
+            with suppress(asyncio.CancelledError):
+                await running
