@@ -227,6 +227,10 @@ class PartnerTransfer:
             return Counter(own[:1])
         return self.held
 
+    def left_by(self, drawn: Counter[object]) -> bool:
+        """Whether there is a transfer for it beside what others have drawn."""
+        return all(drawn[key] + times <= self.held[key] for key, times in self.drawn.items())
+
     @cached_property
     def check(self) -> Check:
         """Our own look at its transactions, all of them."""

@@ -74,10 +74,6 @@ class _Table:
             if (transfer := self.transfers.get(evidence_id)) is not None:
                 self.drawn.update(transfer.drawn)
 
-    def left(self, transfer: PartnerTransfer, drawn: Counter[object]) -> bool:
-        """Whether the chain holds a transfer for it that nobody else stands on."""
-        return all(drawn[key] + times <= transfer.held[key] for key, times in transfer.drawn.items())
-
     def keep_stored(self, stored: Sequence[Claim]) -> None:
         """What stands: decisions, and what a `ready` has left on, while the record counts and still says the same."""
         for claim in sorted(stored, key=lambda c: (c.leg[0].bytes, c.leg[1])):
@@ -101,7 +97,7 @@ class _Table:
             if leg.lane != transfer.lane or leg.differences(transfer):
                 continue
             standing = self.result.claims.get(leg.key)
-            if standing is None and transfer.id not in self.taken and self.left(transfer, self.drawn):
+            if standing is None and transfer.id not in self.taken and transfer.left_by(self.drawn):
                 self.settle(Claim(leg.key, transfer.id, "decision"))
             elif standing is not None and standing.evidence_id == transfer.id:
                 self.settle(Claim(leg.key, transfer.id, "decision", final=standing.final))
@@ -182,7 +178,7 @@ class _Table:
         fitting = {at for leg in legs for at in self.fitting(leg, records, times)}
         drawn, found = Counter(self.drawn), []
         for at, record in enumerate(records):
-            if at in fitting and self.left(record, drawn):
+            if at in fitting and record.left_by(drawn):
                 drawn.update(record.drawn)
                 found.append(record)
         return found

@@ -248,7 +248,7 @@ class KeybanPoller:
                 for record, raw in walk.rows.items()
             ]
             stored += await store.store_records(conn, desk.account, rows)
-            stored += await listings.still_there(conn, desk.account, list(walk.rows), self._keep)
+            stored += await listings.still_there(conn, desk.account, name, list(walk.rows), self._keep)
             swept = walk.complete and await self._sweep(conn, wallet, walk, began, stored)
             if walk.complete:
                 news = bool(stored.touched) or wallet.first_look is None or bool(wallet.legs)
@@ -356,14 +356,16 @@ class KeybanPoller:
         shares: dict[str, dict[str, object]] = {wallet: {} for wallet in taken}
         async with desk.lease.transaction() as conn:
             known = await store.current_records(conn, desk.account, walk.rows.keys())
+            shown = await listings.wallets_of(conn, desk.account, walk.rows.keys())
+        for record, wallet in [*shown, *((record, each.wallet) for record, each in known.items())]:
+            if wallet in shares:  # whatever it says now: what cannot be read has not gone
+                shares[wallet][record] = walk.rows[record]
         for record, row in walk.rows.items():
             parties = {
                 wanted[key]
                 for party in parties_of(row)
                 if (key := party.lower() if party[:2] in ("0x", "0X") else party) in wanted
             }
-            if record in known and known[record].wallet in shares:
-                parties.add(known[record].wallet)
             for wallet in parties:
                 shares[wallet][record] = row
         if not walk.complete:  # it grows while it is read: whoever waits is asked for alone

@@ -155,7 +155,8 @@ class LoyfinPoller:
         self._newest: float | None = None
         self._filtered = True  # until the API refuses the status parameter
         self._failures = 0
-        self._behind: dict[str, str] = {}  # of listings that are longer than one look reads: where it goes on
+        # of listings that are longer than one look reads: where it goes on, as the account's row has it; None: not read yet
+        self._behind: dict[str, str] | None = None
 
     async def run(self) -> None:
         """Until cancelled, or until the lease is lost."""
@@ -232,7 +233,12 @@ class LoyfinPoller:
         """Its first pages, as far as they tell anything new, and the next ones of those behind: in whatever order rows come, none is
         passed over, and a long listing holds up nobody. Stored as they come: hints have no order that matters."""
         key = "&".join(question.values())
-        behind = self._behind.pop(key, None)
+        if self._behind is None:
+            async with self._desk.lease.transaction() as conn:
+                kept = (await accounts.account_state(conn, self._desk.account)).get("behind", {})
+            ours = {hex0x(each) for each in self._issuers}
+            self._behind = {name: cursor for name, cursor in kept.items() if name.partition("&")[0] in ours}
+        behind = self._behind.get(key)
         cursor = await self._pages(issuer, question, None, only_news=behind is not None)
         if behind is not None:
             try:
@@ -240,8 +246,10 @@ class LoyfinPoller:
             except Refused:  # a cursor that is not good any more: from the beginning again
                 self._desk.count("page_drift")
                 cursor = None
-        if cursor is not None:
-            self._behind[key] = cursor
+        if cursor != behind:
+            self._behind = {name: each for name, each in {**self._behind, key: cursor}.items() if each is not None}
+            async with self._desk.lease.transaction() as conn:
+                await accounts.save_state(conn, self._desk.account, {"behind": self._behind})
 
     async def _pages(
         self, issuer: str, question: dict[str, str], cursor: str | None, *, only_news: bool = False
@@ -329,5 +337,4 @@ class LoyfinPoller:
             log.warning("Loyfin's API and the chain differ", brand=brand, difference=difference)
         shown = [*state.get("differences", []), *({"at": int(desk.wall), "what": what} for what in told)][-SHOWN:]
         async with desk.lease.transaction() as conn:
-            kept = {**state, "checked": reached, "differences": storable(shown)}
-            await accounts.save_state(conn, desk.account, kept)
+            await accounts.save_state(conn, desk.account, {"checked": reached, "differences": storable(shown)})

@@ -8,7 +8,7 @@ fixed end compare everything in between; and that only what two of them lacked i
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -48,9 +48,10 @@ GATHER: Final = 1.0  # seconds that registrations are gathered for
 
 @dataclass(slots=True)
 class Reading:
-    """The ids that a range held, and whether that was all of it."""
+    """A range, read: its rows bear the number `walk` or a later one in the store. However long it is, no page is kept here."""
 
-    ids: set[str] = field(default_factory=set)
+    walk: int
+    empty: bool = True
     whole: bool = False  # everything that the question asked for, as it stood at one time
 
 
@@ -205,9 +206,17 @@ class QiibeePoller:
         return found
 
     async def _store(
-        self, rows: dict[str, Any], state: dict[str, Any], last: float | None, times: dict[str, float] | None = None
-    ) -> None:
-        """A page's rows, with the note of the look where that is its end. `last`: the look before, whose rows are not late."""
+        self,
+        rows: dict[str, Any],
+        state: dict[str, Any],
+        last: float | None,
+        times: dict[str, float] | None = None,
+        walk: int | None = None,
+    ) -> int:
+        """A page's rows, with the note of the look where that is its end. `last`: the look before, whose rows are not late.
+
+        `walk`: the number that they are marked with. Answers how many did not bear it yet.
+        """
         desk, words = self._desk, self._words
         for row in rows.values():
             if (word := unknown_status(row, words)) is not None:
@@ -216,7 +225,7 @@ class QiibeePoller:
         whole = state.get("swept_whole")
         since_ms = None if whole is None else int(whole * 1000)
 
-        async def body(conn: Connection, stored: store.Stored) -> list[store.RecordRow]:
+        async def body(conn: Connection, stored: store.Stored) -> tuple[list[store.RecordRow], int]:
             known = await store.current_records(conn, desk.account, rows.keys())
             found = [
                 desk.record(
@@ -234,15 +243,20 @@ class QiibeePoller:
                 for record, row in rows.items()
             ]
             stored += await store.store_records(conn, desk.account, found)
-            stored += await listings.still_there(conn, desk.account, list(rows), self._keep)
+            stored += await listings.still_there(conn, desk.account, "", list(rows), self._keep)
+            fresh = 0
+            if walk is not None:
+                fresh = await listings.mark(conn, desk.account, rows.keys(), walk)
+                await accounts.save_state(conn, desk.account, {"walk": walk})
             if times:
                 await accounts.save_state(conn, desk.account, times)
-            return found
+            return found, fresh
 
-        found = await desk.write(body)
+        found, fresh = await desk.write(body)
         if last is not None:
             late = (last - 60) * 1000
             desk.count("late", sum(1 for r in found if r.version == 1 and r.time_ms is not None and r.time_ms < late))
+        return fresh
 
     # ---------------------------------------------------------------- sweeps
 
@@ -264,8 +278,8 @@ class QiibeePoller:
         since_ms = None if since is None else int(since) * 1000
 
         async def body(conn: Connection, stored: store.Stored) -> None:
-            if reading.whole and (reading.ids or now - swept >= EMPTY_ALONE):
-                stored += await listings.sweep(conn, desk.account, "", reading.ids, since_ms, int(now) * 1000)
+            if reading.whole and (not reading.empty or now - swept >= EMPTY_ALONE):
+                stored += await listings.sweep(conn, desk.account, "", reading.walk, since_ms, int(now) * 1000)
             times = {"swept": now} | ({"swept_whole": now} if everything else {})
             await accounts.save_state(conn, desk.account, times)
 
@@ -275,44 +289,43 @@ class QiibeePoller:
         """Every row between two times, stored page by page, and read again until all that is counted was seen.
 
         The end is fixed, so nothing new slides in; but rows of one second have another order in every answer, and what one
-        walk misses at the edge of a page the next one shows.
+        walk misses at the edge of a page the next one shows. Which were seen is marked in the store.
         """
         span = {"to_time": _iso(until)} | ({"from_time": _iso(since)} if since is not None else {})
-        reading, read = Reading(), set[str]()
+        walk, read = int(state.get("walk", 0)) + 1, 0
+        reading = Reading(walk)
         for _ in range(WALKS):
             offset, total, moved, unusable = 0, None, False, 0
             for _ in range(MOST_PAGES):
-                page, rows = await self._page_after_all(offset, span, state)
+                page, fresh = await self._page_after_all(offset, span, state, walk)
                 total = page.total if total is None else total
                 moved = moved or page.total not in (None, total)
                 unusable += sum(1 for row in page.rows if not _has_id(row))
-                read |= rows.keys()
+                read += fresh
                 if len(page.rows) < LIMIT:
                     break
                 offset += len(page.rows) - OVERLAP
-            reading.ids |= read
-            if not moved and not unusable and total in (None, len(read)):
+            reading.empty = reading.empty and not read
+            if not moved and not unusable and total in (None, read):
                 reading.whole = True
                 return reading
             if unusable:
                 return reading  # what has no id may be any that is missing
             self._desk.count("page_drift")
-            if moved or (total is not None and len(read) > total):
-                read = set()  # something went meanwhile: what was read before says nothing of now
+            if moved or (total is not None and read > total):
+                walk, read = walk + 1, 0  # something went meanwhile: what was read before says nothing of now
         return reading
 
     async def _page_after_all(
-        self, offset: int, span: dict[str, str], state: dict[str, Any]
-    ) -> tuple[History, dict[str, Any]]:
-        """A page of a long walk, and its rows, stored: what fails for a while is no reason to begin again."""
+        self, offset: int, span: dict[str, str], state: dict[str, Any], walk: int
+    ) -> tuple[History, int]:
+        """A page of a long walk, stored, and how many of its rows that walk had not shown before: what fails for a while is no reason to begin again."""
         failures = 0
         while True:
             try:
                 async with self._page_at_a_time:
                     page = await self._page(offset, span)
-                    rows = self._rows(page)
-                    await self._store(rows, state, None)
-                    return page, rows
+                    return page, await self._store(self._rows(page), state, None, walk=walk)
             except (Limited, Unavailable) as error:
                 failures += 1
                 if failures > PATIENCE:

@@ -5,7 +5,8 @@ Woken by facts, heads and registrations, and by a sweep each second in case a wa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -14,13 +15,13 @@ import structlog
 
 from indexer.model import signal as signals
 from indexer.model.confidence import Alarm, Heads, Level
-from indexer.model.evidence import Movement
+from indexer.model.evidence import Movement, PartnerTransfer
 from indexer.model.standing import Standing, block_of
 from indexer.settlement.desk import Pass
 from indexer.settlement.reconciler import Observer, reconcile
 from indexer.settlement.reconsider import Reconsideration
 from indexer.settlement.rules import BrandRules, standing_of, with_contracts
-from indexer.store import attestations, operations, unmatched
+from indexer.store import attestations, operations, partner_evidence, unmatched
 from indexer.store.connection import Connection
 from indexer.store.leases import Lease
 from indexer.store.operations import Changes
@@ -180,8 +181,25 @@ async def tell_unmatched_records(
     found, idle = [t for t in due if t.counts], [t for t in due if not t.counts]
     decided = await unmatched.offered(conn, found) if found else set()
     deep = [t for t in found if t.id not in decided and (standing.level(t) or Level.INCLUDED) >= Level.SAFE]
+    if any(transfer.drawn for transfer in deep):
+        deep = await _movements_of_their_own(conn, deep, rules)
     told = {transfer.id for transfer in deep}
     await append(conn, [signals.unmatched_signal(transfer, transfer.brand, clock_ms) for transfer in deep])
     await unmatched.look_again(conn, list(told), None)
     await unmatched.look_again(conn, [t.id for t in [*found, *idle] if t.id not in told], LOOK_AGAIN_SECONDS)
     return len(told)
+
+
+async def _movements_of_their_own(
+    conn: Connection, transfers: Sequence[PartnerTransfer], rules: Mapping[str, BrandRules]
+) -> list[PartnerTransfer]:
+    """Without those that name a transfer which another record has settled by, was told for, or is told for now."""
+    beside = with_contracts(await partner_evidence.spoken_for_beside(conn, transfers), rules)
+    drawn, found = Counter[object](), list[PartnerTransfer]()
+    for transfer in beside:
+        drawn.update(transfer.drawn)
+    for transfer in sorted(transfers, key=lambda transfer: transfer.order):
+        if transfer.left_by(drawn):
+            drawn.update(transfer.drawn)
+            found.append(transfer)
+    return found

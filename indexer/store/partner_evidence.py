@@ -86,24 +86,43 @@ async def transfers_for(conn: Connection, groups: Iterable[Group], ids: Sequence
         *_columns(groups),
         ids,
     )
+    beside = await _naming_the_same(
+        conn, rows, "(SELECT c.leg FROM indexer.claim c WHERE c.evidence_id = t.id) IS NOT NULL"
+    )
+    return await transfers_of_rows(conn, [*rows, *beside])
+
+
+async def spoken_for_beside(conn: Connection, transfers: Sequence[PartnerTransfer]) -> list[PartnerTransfer]:
+    """Records that name the same transactions or transfers as these, and settle a leg or were told as unmatched already."""
+    rows = await conn.fetch(
+        f"SELECT {TRANSFER} FROM indexer.partner_transfer t WHERE t.id = ANY ($1::uuid[])",  # noqa: S608
+        [transfer.id for transfer in transfers],
+    )
+    told = "t.unmatched_look_at IS NULL AND NOT t.undated AND t.status IN ('included', 'succeeded')"
+    claimed = "(SELECT c.leg FROM indexer.claim c WHERE c.evidence_id = t.id) IS NOT NULL"
+    return await transfers_of_rows(conn, await _naming_the_same(conn, rows, f"({claimed} OR {told})"))
+
+
+async def _naming_the_same(conn: Connection, rows: Sequence[asyncpg.Record], which: str) -> list[asyncpg.Record]:
+    """Rows of other records that name a transaction (on a chain that we follow) or a transfer of these."""
     hashes = {text for row in rows if row["chain_id"] is not None for text in _hashes(row)}
     named = {text for row in rows for text in row["transfers"]}
+    found: list[asyncpg.Record] = []
     # partner_transfer_tx_idx, partner_transfer_named_idx; claim_evidence_id_key row by row, whatever the planner expects
     for texts, beside in (
         (hashes, "t.chain_id IS NOT NULL AND t.tx_hashes && $1::text[]"),
         (named, "t.transfers <> '{}'::text[] AND t.transfers && $1::text[]"),
     ):
         if texts:
-            rows += await conn.fetch(
+            found += await conn.fetch(
                 f"""
                 SELECT {TRANSFER} FROM indexer.partner_transfer t
-                WHERE {beside} AND t.id <> ALL ($2::uuid[]) AND t.withdrawn_at IS NULL
-                  AND (SELECT c.leg FROM indexer.claim c WHERE c.evidence_id = t.id) IS NOT NULL
-                """,  # noqa: S608
+                WHERE {beside} AND t.id <> ALL ($2::uuid[]) AND t.withdrawn_at IS NULL AND {which}
+                """,  # noqa: S608 - words of ours
                 list(texts),
-                [row["id"] for row in rows],
+                [row["id"] for row in [*rows, *found]],
             )
-    return await transfers_of_rows(conn, rows)
+    return found
 
 
 async def hold(conn: Connection, wanted: Mapping[UUID, str]) -> set[UUID]:

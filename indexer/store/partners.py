@@ -145,7 +145,7 @@ async def store_records(conn: Connection, account: Account, records: Sequence[Re
         for row in await conn.fetch(
             """
             SELECT id, kind, record_id, wallet, token, amount_text, network, chain_id, block_number, transfers, status, tx_hashes, amount, time_ms,
-                   withdrawn_at IS NOT NULL AS withdrawn
+                   missing, withdrawn_at IS NOT NULL AS withdrawn
             FROM indexer.partner_transfer WHERE brand = $1 AND partner = $2 AND record_id = ANY ($3::text[])
             """,  # partner_transfer_record_idx
             account.brand,
@@ -181,6 +181,14 @@ async def store_records(conn: Connection, account: Account, records: Sequence[Re
         rows.append(_row(account, transfer, after_ms, stands=stands, taken=False))
     # by id: two brands that store the same new records at the same time wait for each other in one direction
     await conn.executemany(_UPSERT, sorted(rows, key=itemgetter(0)))
+    back = [key for key in told & before.keys() if before[key]["missing"]]
+    if back:
+        await conn.execute(
+            "UPDATE indexer.partner_transfer SET missing = 0 WHERE id = ANY ($1::uuid[]) AND brand = $2",
+            back,
+            account.brand,
+        )
+        stored.returned += len(back)
     scopes = {record.record_id: record.scope for record in records if record.readable}
     silent = [
         row
@@ -258,8 +266,9 @@ async def _store_versions(conn: Connection, account: Account, records: Sequence[
     )
     await conn.executemany(
         """
-        INSERT INTO indexer.partner_record (brand, partner, record_id, version, raw, wallet, time_ms, after_ms)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+        INSERT INTO indexer.partner_record (brand, partner, record_id, version, raw, wallet, time_ms, after_ms, swept)
+        SELECT $1, $2, $3, $4, $5, $6, $7, $8, coalesce((
+            SELECT swept FROM indexer.partner_record WHERE brand = $1 AND partner = $2 AND record_id = $3 AND version = $4 - 1), 0)
         """,
         [(*account, r.record_id, r.version, r.raw, r.wallet, r.time_ms, r.after_ms) for r in records],
     )
@@ -332,7 +341,7 @@ ON CONFLICT (id) DO UPDATE SET brand = excluded.brand, token = excluded.token, a
     after_ms = CASE WHEN $10::bigint IS NULL THEN t.after_ms END, undated = t.undated AND $10::bigint IS NULL, status = excluded.status, network = excluded.network,
     chain_id = excluded.chain_id, tx_hash = excluded.tx_hash, tx_hashes = excluded.tx_hashes, block_number = excluded.block_number,
     transfers = excluded.transfers,
-    seen_at = clock_timestamp(), settled_at = CASE WHEN $19 THEN t.settled_at ELSE excluded.settled_at END, withdrawn_at = NULL,
+    seen_at = clock_timestamp(), settled_at = CASE WHEN $19 THEN t.settled_at ELSE excluded.settled_at END, withdrawn_at = NULL, missing = 0,
     unmatched_look_at = CASE WHEN $19 THEN t.unmatched_look_at ELSE clock_timestamp() END
 WHERE t.brand = excluded.brand OR $22::boolean
 """

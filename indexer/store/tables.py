@@ -408,6 +408,9 @@ partner_record = Table(
     Column("time_ms", BigInteger),  # the record's own time
     Column("after_ms", BigInteger),  # the last look that lacked it; null: it was there at the first
     Column("missing", SmallInteger, nullable=False, server_default=text("0")),  # full sweeps in a row that lacked it
+    Column(
+        "swept", BigInteger, nullable=False, server_default=text("0")
+    ),  # the last long walk that showed it, by its number
     PrimaryKeyConstraint("brand", "partner", "record_id", "version"),
     # sweeps: what a listing should still hold
     Index("partner_record_wallet_idx", "brand", "partner", "wallet", "time_ms", postgresql_where=text("current")),
@@ -471,6 +474,8 @@ partner_transfer = Table(
     Column(
         "seen_at", Time, nullable=False, server_default=NOW
     ),  # last read like this; kept up for what may not stand for long yet
+    # of a record that another wallet's listing showed first: full sweeps of its own wallet in a row that lacked it
+    Column("missing", SmallInteger, nullable=False, server_default=text("0")),
     Column("withdrawn_at", Time),  # missing from two full sweeps; null again when it returns
     Column("checked", JSONB),  # what a cross-check said
     Column(

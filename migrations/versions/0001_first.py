@@ -309,6 +309,7 @@ def create_tables() -> None:
     sa.Column('time_ms', sa.BigInteger(), nullable=True),
     sa.Column('after_ms', sa.BigInteger(), nullable=True),
     sa.Column('missing', sa.SmallInteger(), server_default=sa.text('0'), nullable=False),
+    sa.Column('swept', sa.BigInteger(), server_default=sa.text('0'), nullable=False),
     sa.PrimaryKeyConstraint('brand', 'partner', 'record_id', 'version', name=op.f('partner_record_pk')),
     schema='indexer'
     )
@@ -560,6 +561,7 @@ def create_tables() -> None:
     sa.Column('first_seen_at', postgresql.TIMESTAMP(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
     sa.Column('settled_at', postgresql.TIMESTAMP(timezone=True), nullable=True),
     sa.Column('seen_at', postgresql.TIMESTAMP(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
+    sa.Column('missing', sa.SmallInteger(), server_default=sa.text('0'), nullable=False),
     sa.Column('withdrawn_at', postgresql.TIMESTAMP(timezone=True), nullable=True),
     sa.Column('checked', postgresql.JSONB(), nullable=True),
     sa.Column('unmatched_look_at', postgresql.TIMESTAMP(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=True),

@@ -14,6 +14,7 @@ import pytest
 from indexer.partners.client import Denied, Unavailable
 from indexer.partners.credential import DOUBTS, PROBE
 from indexer.partners.orders import Ledger
+from indexer.partners.walk import Walk
 from indexer.sandbox.partners.keyban import Keyban
 from indexer.sandbox.partners.movement import AT_ONCE, STUCK, Course
 from indexer.sandbox.partners.wire import Reply, Request, answer
@@ -208,6 +209,30 @@ async def test_one_order_to_two_watched_wallets_is_evidence_for_each(database: D
         found = await desk.transfers()
         assert {t["wallet"] for t in found} == {one.wallet, other.wallet} and len({t["id"] for t in found}) == 2
         assert {int(t["amount"]) for t in found} == {10}
+
+        # each listing speaks for its own wallet: what two of them lack is gone there, whichever showed the order first
+        async def gone() -> set[str]:
+            return {t["wallet"] for t in await desk.transfers() if t["withdrawn_at"] is not None}
+
+        for absent, still in ((other, one), (one, other)):
+            await desk.touched()
+            shown, partner._by_wallet[absent.wallet] = partner._by_wallet[absent.wallet], []
+            partner.mint(absent, 5, AT_ONCE)  # the listing is not empty: that would be believed late
+            for lacked in (set(), {absent.wallet}, {absent.wallet}):
+                for account in (absent, still):
+                    await poller.look(await desk.wallet(account.wallet))
+                assert await gone() == lacked
+            assert len(await desk.touched()) == 1
+            partner._by_wallet[absent.wallet] += shown
+            await poller.look(await desk.wallet(absent.wallet))
+            assert await gone() == set()
+
+        # a listing of everything shows an order that cannot be read to all who knew it
+        partner._order = lambda moved: original(moved) | {"orderTransactions": "none"}  # type: ignore[method-assign]
+        for _ in range(3):
+            walk = Walk(rows={made.id: partner._order(made)}, complete=True)
+            await poller._share_out([one.wallet, other.wallet], walk, desk.desk.wall)
+        assert made.id not in {t["record_id"] for t in await desk.transfers() if t["withdrawn_at"] is not None}
 
 
 async def test_what_two_brands_can_read_is_evidence_for_one(database: Database) -> None:

@@ -608,6 +608,23 @@ async def test_a_record_that_nothing_claims_is_told_once_it_is_final_and_ten_min
         )
         assert row is not None and row["brand"] == BRAND
         assert row["payload"]["data"]["evidence"][0]["recordId"] == "old"
+        # an order that names the transfer of another is no other movement: not beside what settles a leg, nor beside what was told
+        await world.record("twin", seen=-700.0)
+        await world.record("old twin", at=-700.0, **strange)
+        await world.record("stranger", at=-700.0, **strange)
+        await world.conn.execute(
+            "UPDATE indexer.partner_transfer SET transfers = ARRAY['tx/' || CASE WHEN record_id LIKE '%twin' THEN 1 ELSE 2 END],"
+            " unmatched_look_at = least(unmatched_look_at, now()) WHERE record_id ~ 'twin|stranger'"
+        )
+        await world.conn.execute(
+            "UPDATE indexer.partner_transfer SET transfers = '{tx/1}' WHERE record_id IN ('claimed', 'old')"
+        )
+        assert await told() == 1 and await told() == 0
+        rows = await world.conn.fetch(
+            "SELECT payload FROM indexer.outbox WHERE type = 'settlement.unmatched' ORDER BY position"
+        )
+        assert [row["payload"]["data"]["evidence"][0]["recordId"] for row in rows] == ["old", "stranger"]
+        await world.record("twin", status="failed", seen=-700.0)
         # what a leg lets go of is looked at again
         await world.conn.execute(
             "UPDATE indexer.partner_transfer SET unmatched_look_at = NULL WHERE record_id = 'claimed'"

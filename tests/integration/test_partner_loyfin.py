@@ -111,7 +111,15 @@ async def test_hints_behind_any_number_of_pages_are_read_and_new_ones_at_once(
         for newest_first in (True, False):
             api.newest_first = newest_first
             made = {refused() for _ in range(3 * LIMIT)}
-            for _ in range(4):
+            for number in range(5):
+                poller = LoyfinPoller(
+                    desk.desk, [Address(ISSUER)], 15.0
+                )  # started anew each time: it goes on where it was
+                if number == 2:  # nor does an outage set it back
+                    api.weather.begin("server_error")
+                    with pytest.raises(PartnerError):
+                        await poller.look()
+                    api.weather.end()
                 await poller.look()
             assert made <= await known()
         # what comes while the long listing is still being read is not kept waiting

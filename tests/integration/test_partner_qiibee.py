@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from indexer.partners.client import Refused
+from indexer.partners.qiibee import Reading
 from indexer.sandbox.partners.movement import AT_ONCE, Course
 from indexer.sandbox.partners.qiibee import BASE, Qiibee
 from indexer.sandbox.partners.wire import Reply, Request, answer
@@ -278,3 +280,46 @@ async def test_an_answer_that_was_long_under_way_never_writes_over_a_later_one(d
         await sweep
         assert [t["status"] for t in await desk.transfers()] == ["succeeded"]
         assert "unsettled" not in desk.oddities()
+
+
+async def test_what_a_sweep_showed_is_marked_in_the_store_and_a_change_meanwhile_loses_no_mark(
+    database: Database,
+) -> None:
+    time = Time()
+    partner = Qiibee(seed=13, clock=time.now, keys=[KEY])
+    user = partner.enrol()
+    async with office(database, partner, time, name="qiibee", base=BASE, header="X-API-KEY") as desk:
+        poller = desk.qiibee()
+        made = [partner.credit(user, 25, Course(at - 300.0, at - 300.0, None)) for at in range(230)]
+        lost = made.pop()
+        await poller.look()
+        time.ahead += 2
+        original = partner._history
+        pages = 0
+
+        def moving(request: Request) -> Reply:
+            """Behind the first page one of its rows goes; and every row changes while the sweep is under way."""
+            nonlocal pages
+            pages += "to_time" in request.query
+            if pages == 2:
+                lost.deleted_at = time.now()
+                for each in made:
+                    each.settles_at = time.now()
+            return original(request)
+
+        partner._history = moving  # type: ignore[method-assign]
+        before = poller._range
+
+        async def looked_at_the_end(*args: Any) -> Reading:
+            found = await before(*args)
+            await desk.rows("UPDATE indexer.partner_record SET raw = raw || '{\"x\": 1}'")
+            await poller.look()  # every row says something new, and is a new version
+            return found
+
+        poller._range = looked_at_the_end  # type: ignore[method-assign]
+        for walks, gone in ((2, 0), (3, 0), (4, 1)):  # what one walk of a sweep showed, that sweep did not lack
+            await poller.sweep_if_due()
+            rows = await desk.rows("SELECT record_id, swept, missing FROM indexer.partner_record WHERE current")
+            assert {row[2] for row in rows if row[0] != lost.id} == {0}
+            assert {row[0]: row[1] for row in rows if row[1] == walks}.keys() == {each.id for each in made}
+            assert len([t for t in await desk.transfers() if t["withdrawn_at"] is not None]) == gone

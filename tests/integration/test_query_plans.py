@@ -345,6 +345,7 @@ async def test_partner_legs_and_their_records(watched: Watched, conn: asyncpg.Co
     await conn.execute("ANALYZE indexer.touched_operation")
     await reconcile(watched, {}, {})  # type: ignore[arg-type]
     await tell_unmatched_records(watched, {}, 0)  # type: ignore[arg-type]
+    await partner_evidence.spoken_for_beside(watched, around.transfers)  # type: ignore[arg-type]
     for view in ("settlements", "partner_orders"):
         where = "operation_id = $1"
         await watched.fetch(f"SELECT * FROM loyalty.{view} WHERE {where}", ids[0])
@@ -395,7 +396,7 @@ async def _pollers(watched: Watched, conn: asyncpg.Connection) -> None:
         db, account._replace(brand="another"), partners.Stored(others=[partners.Foreign(transfer, None, True)])
     )
     assert await partner_evidence.hold(db, {transfer.id: BRAND}) == {transfer.id}
-    await partner_listings.still_there(db, account, list(known.records), 60.0)
+    await partner_listings.still_there(db, account, wallet, list(known.records), 60.0)
     for _ in range(2):
         stored = await partner_listings.sweep(db, account, wallet, ["new"], 0, 10**12)
     assert stored.withdrawn == 3
