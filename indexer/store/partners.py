@@ -19,6 +19,8 @@ from indexer.store.connection import Connection
 from indexer.store.partner_accounts import OPEN, Account
 
 SETTLED = ("included", "succeeded")
+# What a leg of the brand that read it first did not settle by meanwhile, it may never: out of its window, or without a time.
+FIRST_CHOICE = timedelta(minutes=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +284,8 @@ async def _store_versions(conn: Connection, account: Account, records: Sequence[
 async def take_over(conn: Connection, account: Account, stored: Stored) -> None:
     """Of the evidence that another brand's account has shown, takes what is free; the rest is counted as foreign.
 
-    Free: nothing stands on it, and it is gone there, or nobody's account any more, or a leg of this brand's waits for such a one.
+    Free: nothing stands on it, and it is gone there, or nobody's account any more, or it counts and a leg of this brand's waits for
+    such a one; where one of the other's does too, after a while in which that could have settled by it.
     That is judged under a lock which whoever claims it wants too (`partner_evidence.hold`): a claim that is written and not
     committed keeps it, and what we take is not claimed for the other any more. The last that a poller's transaction does to
     evidence: with the rows of others in hand it waits for nobody, so nobody waits for it in a circle.
@@ -311,21 +314,27 @@ async def take_over(conn: Connection, account: Account, stored: Stored) -> None:
 
 async def _free(conn: Connection, account: Account, others: Sequence[Foreign]) -> set[UUID]:
     """partner_transfer_pk; claim_evidence_id_key, partner_account_pk, leg_partner_idx and claim_pk row by row."""
+
+    def waits(brand: str, amount: str) -> str:
+        return f"""EXISTS (
+            SELECT FROM indexer.leg l JOIN indexer.operation o ON o.id = l.operation_id
+            WHERE l.wallet_id = t.wallet AND l.amount = {amount} AND l.kind = t.kind AND o.brand = {brand} AND o.state = ANY ($4::text[])
+              AND NOT EXISTS (SELECT FROM indexer.claim c WHERE c.operation_id = l.operation_id AND c.leg = l.leg))"""  # noqa: S608
+
     rows = await conn.fetch(
-        """
+        f"""
         SELECT t.id FROM unnest($2::uuid[], $3::numeric[]) AS new (id, amount) JOIN indexer.partner_transfer t ON t.id = new.id
         WHERE t.brand <> $1 AND NOT EXISTS (SELECT FROM indexer.claim c WHERE c.evidence_id = t.id)
           AND (t.withdrawn_at IS NOT NULL OR NOT EXISTS (
                 SELECT FROM indexer.partner_account a WHERE a.brand = t.brand AND a.partner = t.partner AND a.active)
-            OR EXISTS (
-                SELECT FROM indexer.leg l JOIN indexer.operation o ON o.id = l.operation_id
-                WHERE l.wallet_id = t.wallet AND l.amount = new.amount AND l.kind = t.kind AND o.brand = $1 AND o.state = ANY ($4::text[])
-                  AND NOT EXISTS (SELECT FROM indexer.claim c WHERE c.operation_id = l.operation_id AND c.leg = l.leg)))
-        """,
+            OR ({waits("$1", "new.amount")} AND (
+                coalesce(t.settled_at, t.seen_at) < clock_timestamp() - $5::interval OR NOT {waits("t.brand", "t.amount")})))
+        """,  # noqa: S608 - words of ours
         account.brand,
         [each.transfer.id for each in others],
-        [each.transfer.amount for each in others],
+        [each.transfer.amount if each.transfer.status in SETTLED else None for each in others],
         OPEN,
+        FIRST_CHOICE,
     )
     return {row[0] for row in rows}
 

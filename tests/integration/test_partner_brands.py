@@ -129,8 +129,14 @@ async def two_brands(
         async with desk_of(database, ROSE, bloom) as rose:
             partner.mint(account, 10, AT_ONCE)
             await poller(bloom).look(anyone(account.wallet))
+            await a_minute_later(database)
             operations = [await register(database, brand, mint(account.wallet, 10), "r") for brand in (BRAND, ROSE)]
             yield room, bloom, rose, account.wallet, operations, lambda: partner.mint(account, 10, AT_ONCE)
+
+
+async def a_minute_later(database: Database) -> None:
+    """Whoever read it first has had the first choice."""
+    await database.pool.execute("UPDATE indexer.partner_transfer SET settled_at = settled_at - interval '1 minute'")
 
 
 async def states(database: Database, operations: list[UUID]) -> list[str]:
@@ -319,6 +325,7 @@ async def test_whoever_reads_and_settles_at_once_evidence_settles_one_operation_
         async def happens() -> None:
             for number in range(75):
                 ledger.happens()
+                await a_minute_later(database)
                 if number % 3 == 0:
                     wallet, amount = rng.choice(wallets), rng.choice(amounts)
                     await register(database, rng.choice(brands), mint(wallet, amount), f"r{number}")

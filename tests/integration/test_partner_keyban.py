@@ -262,6 +262,15 @@ async def test_what_two_brands_can_read_is_evidence_for_one(database: Database) 
         request = {"brand": "rose", "reference": "r", "legs": [leg]}
         operation = await database.pool.fetchval("SELECT loyalty.register_operation($1)", request)
         await poller.look(wallet)
+        assert await desk.transfers() == [before], "whose leg waits too, and who read it first, has the first choice"
+
+        async def a_minute_later() -> None:
+            await database.pool.execute(
+                "UPDATE indexer.partner_transfer SET settled_at = settled_at - interval '1 minute'"
+            )
+
+        await a_minute_later()
+        await poller.look(wallet)
         assert [t["brand"] for t in await desk.transfers()] == ["rose"]
         await database.pool.execute(
             "INSERT INTO indexer.claim (operation_id, leg, evidence_id, basis) VALUES ($1, 0, $2, 'wallet_amount')",
@@ -269,6 +278,7 @@ async def test_what_two_brands_can_read_is_evidence_for_one(database: Database) 
             before["id"],
         )
         desk.desk.account = Account(BRAND, "keyban")
+        await a_minute_later()
         await desk.keyban().look(await desk.wallet(account.wallet))
         assert [t["brand"] for t in await desk.transfers()] == ["rose"]
         await database.pool.execute("DELETE FROM indexer.claim")
