@@ -284,8 +284,8 @@ async def _store_versions(conn: Connection, account: Account, records: Sequence[
 async def take_over(conn: Connection, account: Account, stored: Stored) -> None:
     """Of the evidence that another brand's account has shown, takes what is free; the rest is counted as foreign.
 
-    Free: nothing stands on it, and it is gone there, or nobody's account any more, or it counts and a leg of this brand's waits for
-    such a one; where one of the other's does too, after a while in which that could have settled by it.
+    Free: nothing stands on it and no person has accepted it, and it is gone there, or nobody's account any more, or it counts and a leg
+    of this brand's waits for such a one; where one of the other's does too, after a while in which that could have settled by it.
     That is judged under a lock which whoever claims it wants too (`partner_evidence.hold`): a claim that is written and not
     committed keeps it, and what we take is not claimed for the other any more. The last that a poller's transaction does to
     evidence: with the rows of others in hand it waits for nobody, so nobody waits for it in a circle.
@@ -313,7 +313,10 @@ async def take_over(conn: Connection, account: Account, stored: Stored) -> None:
 
 
 async def _free(conn: Connection, account: Account, others: Sequence[Foreign]) -> set[UUID]:
-    """partner_transfer_pk; claim_evidence_id_key, partner_account_pk, leg_partner_idx and claim_pk row by row."""
+    """partner_transfer_pk; claim_evidence_id_key, decision_evidence_idx, partner_account_pk, leg_partner_idx and claim_pk row by row."""
+
+    def counts(transfer: TransferRow) -> bool:  # else it could settle nothing here by itself
+        return transfer.status in SETTLED and not transfer.undated
 
     def waits(brand: str, amount: str) -> str:
         return f"""EXISTS (
@@ -324,7 +327,9 @@ async def _free(conn: Connection, account: Account, others: Sequence[Foreign]) -
     rows = await conn.fetch(
         f"""
         SELECT t.id FROM unnest($2::uuid[], $3::numeric[]) AS new (id, amount) JOIN indexer.partner_transfer t ON t.id = new.id
-        WHERE t.brand <> $1 AND NOT EXISTS (SELECT FROM indexer.claim c WHERE c.evidence_id = t.id)
+        WHERE t.brand <> $1 AND NOT EXISTS (SELECT FROM indexer.claim c WHERE c.evidence_id = t.id) AND NOT coalesce((
+                SELECT d.accept FROM indexer.decision d JOIN indexer.operation o ON o.id = d.operation_id
+                WHERE d.evidence_id = t.id AND o.brand = t.brand ORDER BY d.decided_at DESC LIMIT 1), false)
           AND (t.withdrawn_at IS NOT NULL OR NOT EXISTS (
                 SELECT FROM indexer.partner_account a WHERE a.brand = t.brand AND a.partner = t.partner AND a.active)
             OR ({waits("$1", "new.amount")} AND (
@@ -332,7 +337,7 @@ async def _free(conn: Connection, account: Account, others: Sequence[Foreign]) -
         """,  # noqa: S608 - words of ours
         account.brand,
         [each.transfer.id for each in others],
-        [each.transfer.amount if each.transfer.status in SETTLED else None for each in others],
+        [each.transfer.amount if counts(each.transfer) else None for each in others],
         OPEN,
         FIRST_CHOICE,
     )

@@ -196,6 +196,21 @@ async def test_what_another_brand_is_having_is_not_claimed_by_whoever_read_it_be
         assert await states(database, operations) == ["pending", "ready"]
 
 
+async def test_what_a_person_has_accepted_for_an_operation_is_not_had_by_another_brand(
+    database: Database, owner_dsn: str
+) -> None:
+    async with two_brands(database) as (_, _, rose, wallet, operations, _), session(owner_dsn) as owner:
+        for accept, brand in ((True, BRAND), (False, ROSE)):
+            await owner.execute(
+                "INSERT INTO indexer.decision (operation_id, evidence_id, accept, reason, actor)"
+                " SELECT $1, id, $2, 'seen', 'anna' FROM indexer.partner_transfer",
+                operations[0],
+                accept,
+            )
+            await poller(rose).look(anyone(wallet))
+            assert await database.pool.fetchval("SELECT brand FROM indexer.partner_transfer") == brand
+
+
 async def test_transactions_that_wait_for_each_other_are_begun_anew_and_lose_nothing(
     database: Database, dsn: str
 ) -> None:
