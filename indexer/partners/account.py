@@ -53,6 +53,11 @@ Oddity = Literal[
     "foreign",  # evidence that another brand's account has shown
     "difference",  # Loyfin's API and the chain do not say the same
 ]
+MOST_TOLD: Final = 1000  # kinds of news of one account
+_OF_VALUES: Final = {
+    "type": "numbers came as strings, or strings as numbers: they are read all the same",
+    "unreadable": "values came that cannot be read",
+}
 _OF_DRIFT: Final[dict[str, Oddity]] = {
     "type": "type",
     "missing": "missing_field",
@@ -83,8 +88,19 @@ class Desk:
             self.metrics.partner_oddities.labels(*self.account, oddity).inc(times)
 
     def count_drift(self, drift: Drift) -> None:
+        """Counted; and each kind told once, missing fields by name: it is how a changed API shows first."""
         for kind, times in drift.items():
             self.count(_OF_DRIFT[kind], times)
+            if times and kind in _OF_VALUES:
+                self._tell_once(_OF_VALUES[kind])
+        for name in sorted(drift.gone):
+            self._tell_once("a field is missing that was there before: what it said stays", field=name[:80])
+
+    def _tell_once(self, event: str, **more: str) -> None:
+        told = " ".join((event, *more.values()))
+        if told not in self.told and len(self.told) < MOST_TOLD:
+            self.told.add(told)
+            log.warning(event, **self._who, **more)
 
     def count_stored(self, stored: Stored) -> None:
         self.count("changed", stored.changed)
@@ -104,9 +120,7 @@ class Desk:
     def quarantine(self, why: str) -> None:
         """A row that cannot be used: counted, and each reason told once."""
         self.count("quarantined")
-        if why not in self.told and len(self.told) < 1000:
-            self.told.add(why)
-            log.warning("a record cannot be used", **self._who, reason=why)
+        self._tell_once("a record cannot be used", reason=why)
 
     @property
     def _who(self) -> dict[str, str]:
@@ -178,12 +192,10 @@ class Desk:
             log.info("the partner answers again", **self._who)
         self._refused = health.refused
 
-    def unknown_word(self, where: str, word: str) -> None:
+    def unknown_word(self, where: str, word: str, hint: str | None = None) -> None:
         """A word of an enumeration that is not configured: told once."""
-        told = f"{where} {word}"
-        if told not in self.told and len(self.told) < 1000:
-            self.told.add(told)
-            log.warning("a word is not known, and settles nothing", **self._who, field=where, word=word)
+        more = {} if hint is None else {"hint": hint}
+        self._tell_once("a word is not known, and settles nothing", field=where, word=word, **more)
 
     def record(
         self,
@@ -202,7 +214,7 @@ class Desk:
         however long it was queued then. Drift counts where a record is new or says something new,
         not at every look.
         """
-        drift: Drift = Drift()
+        drift = Drift()
         received = storable(raw)
         document = received if known is None else completed(received, known.raw, drift)
         news = known is None or not alike(document, known.raw)

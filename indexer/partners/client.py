@@ -168,8 +168,14 @@ class Client:
             denied.wide = refusal.wide
             raise self._noted(denied, subject)
         if (quiet := await self.credential.turn()) is not None:
-            limited = Limited(self.who, endpoint, "quiet", f"it asked for quiet, for another {quiet:.0f} s")
-            self.health.note("it asked for quiet", limited.outcome)
+            why = (
+                "it asked for quiet"
+                if self.credential.asked_for_quiet
+                else "it failed again and again, and is left alone"
+            )
+            limited = Limited(self.who, endpoint, "quiet", f"{why}, for another {quiet:.0f} s")
+            if self.health.problem is None:  # else what it said is the better news
+                self.health.note(why, limited.outcome)
             limited.retry_after = quiet
             raise limited
         started, outcome = self._clock.now(), "cancelled"
@@ -202,10 +208,7 @@ class Client:
             try:
                 return _DECODER.decode(reply.body)
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ArithmeticError):
-                said = self._said(reply) or "an empty body"
-                raise Unavailable(
-                    self.who, endpoint, "not_json", f"no JSON but {_kind(reply)}: {said}", status
-                ) from None
+                raise Unavailable(self.who, endpoint, "not_json", self._unreadable(reply), status) from None
         said = self._said(reply) or "no words"
         if status in (401, 403):
             wide = self.credential.denied(endpoint, status, subject)
@@ -227,6 +230,15 @@ class Client:
                 self.who, endpoint, "redirect", "it redirects, which is not followed: correct the url", status
             )
         raise Refused(self.who, endpoint, "not_found" if status == 404 else "refused", said, status)
+
+    def _unreadable(self, reply: Reply) -> str:
+        """What came where a JSON document should have."""
+        kind, size = _kind(reply), len(reply.body)
+        if not reply.body.strip():
+            return "an empty body"
+        if "json" in kind:
+            return f"{kind} that is no JSON, or broke off: {size} bytes"
+        return f"no JSON but {kind}: {self._said(reply)}"
 
     def _retry_after(self, reply: Reply) -> float | None:
         return retry_after(reply.headers.get("Retry-After"), reply.headers.get("Date"), self._clock.wall())

@@ -52,6 +52,7 @@ class Credential:
         self._still_ours: Callable[[], None] = lambda: None
         self._queue = asyncio.Lock()  # first come, first served
         self._quiet_until = 0.0
+        self.asked_for_quiet = False  # whether the quiet was asked for, or is ours after failures
         self._failures = 0  # requests in a row that failed for good, or were told to wait
         self._refused: dict[str, Refusal] = {}  # by endpoint, "" is every one; by endpoint and subject
         self._doubted: dict[str, set[str]] = {}  # by endpoint: subjects that were refused since it last worked
@@ -136,15 +137,20 @@ class Credential:
     def limited(self, retry_after: float | None) -> None:
         """Everyone keeps quiet: as long as was asked for, else longer each time."""
         if retry_after is None:
-            self.failed(at_least=1.0)
+            self._failures += 1
+            self._keep_quiet(max(1.0, self.backoff(self._failures)), asked=True)
             return
-        wait = min(retry_after, LONGEST_QUIET) * (1 + self._rng.random() / 10)  # so that not all come at once
-        self._quiet_until = max(self._quiet_until, self._clock.now() + wait)
+        # spread, so that not all come at once
+        self._keep_quiet(min(retry_after, LONGEST_QUIET) * (1 + self._rng.random() / 10), asked=True)
 
-    def failed(self, at_least: float = 0.0) -> None:
+    def failed(self) -> None:
         self._failures += 1
-        wait = max(at_least, self.backoff(self._failures))
-        self._quiet_until = max(self._quiet_until, self._clock.now() + wait)
+        self._keep_quiet(self.backoff(self._failures), asked=False)
+
+    def _keep_quiet(self, seconds: float, *, asked: bool) -> None:
+        until = self._clock.now() + seconds
+        if until > self._quiet_until:
+            self._quiet_until, self.asked_for_quiet = until, asked
 
     def backoff(self, failures: int) -> float:
         """Seconds, doubling and spread over their upper half."""

@@ -112,7 +112,8 @@ def _unreached(why: Exception) -> Unanswered:
     """In words that cannot hold the URL: aiohttp's own may."""
     match why:
         case aiohttp.ClientConnectorCertificateError():
-            certificate = str(why.certificate_error).split("(_ssl.c")[0].strip()
+            error = why.certificate_error  # its own words are the short ones: certificate has expired
+            certificate = getattr(error, "verify_message", "") or str(error).split("(_ssl.c")[0].strip()
             return Unanswered("tls", f"its TLS certificate is not valid: {certificate[:160]}")
         case aiohttp.ClientSSLError():
             return Unanswered("tls", "TLS could not be agreed on")

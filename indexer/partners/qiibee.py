@@ -113,15 +113,16 @@ class QiibeePoller:
         return min(SLOWEST, wait * 2.0 ** min(self._failures, 6))
 
     async def _wait_until(self, due: float) -> None:
-        """Sleeps; a registration brings the next look nearer, but not so near that many of them would spend the budget."""
+        """Sleeps; what is newly open (registered, or taken back by a sweep) brings the next look nearer, but not so near that many
+        registrations would spend the budget."""
         desk = self._desk
-        earliest = desk.clock.now() + self._poll
+        began = desk.clock.now()
         while (left := due - desk.clock.now()) > 0:
-            if await desk.wakeups.wait("registered", min(left, WAIT)) and not self._failures:
+            if await desk.wakeups.wait("registered", min(left, WAIT)):
                 await desk.clock.sleep(min(GATHER, left))
+            if not self._failures:
                 await self._refresh()
-                if self._newest is not None:
-                    due = min(due, max(earliest, desk.clock.now()))
+                due = min(due, began + self._pause())
 
     async def _refresh(self) -> None:
         desk = self._desk
@@ -220,7 +221,7 @@ class QiibeePoller:
         desk, words = self._desk, self._words
         for row in rows.values():
             if (word := unknown_status(row, words)) is not None:
-                desk.unknown_word("status", word)
+                desk.unknown_word("status", word, "name it in success, pending or failed of [brands.qiibee]")
         # looks read the newest page alone: what has no time of its own came after the history was last read whole
         whole = state.get("swept_whole")
         since_ms = None if whole is None else int(whole * 1000)

@@ -20,7 +20,13 @@ MOST_TEXT: Final = 512  # characters of an identifier
 MOST_DEPTH: Final = 12
 _INT8 = 2**63
 
-Drift = Counter[str]  # what was not as documented, by kind: 'type', 'missing', 'word', 'unreadable'
+
+class Drift(Counter[str]):
+    """What was not as documented, by kind: 'type', 'missing', 'word', 'unreadable'. `gone`: names of the fields that are missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gone: set[str] = set()
 
 
 def text(value: Any, drift: Drift) -> str | None:
@@ -38,7 +44,7 @@ def text(value: Any, drift: Drift) -> str | None:
 
 def identifier(value: Any) -> str | None:
     """As `text`, where a number is as good as a string."""
-    return text(value, Counter())
+    return text(value, Drift())
 
 
 def amount(value: Any, drift: Drift, *, number: bool = False) -> Decimal | None:
@@ -168,6 +174,7 @@ def completed(new: Any, known: Any, drift: Drift) -> Any:
             return new
         missing = known.keys() - new.keys()
         drift["missing"] += len(missing)
+        drift.gone |= missing
         merged = {key: completed(child, known.get(key), drift) for key, child in new.items()}
         return merged | {key: known[key] for key in missing}
     if isinstance(new, list) and isinstance(known, list) and len(new) == len(known):
@@ -186,7 +193,7 @@ def alike(one: Any, other: Any) -> bool:
     if isinstance(one, str | int) and isinstance(other, str | int) and not isinstance(one, bool | type(other)):
         if isinstance(other, bool):
             return False
-        quiet: Drift = Counter()
+        quiet = Drift()
         first = amount(one, quiet)
         return first is not None and first == amount(other, quiet)
     return False

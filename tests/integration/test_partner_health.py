@@ -8,6 +8,7 @@ from structlog.testing import capture_logs
 from indexer.partners import client as client_module
 from indexer.partners.client import Denied, Unavailable
 from indexer.partners.credential import PROBE
+from indexer.sandbox.partners.keyban import Keyban
 from indexer.sandbox.partners.movement import AT_ONCE
 from indexer.sandbox.partners.qiibee import BASE, Qiibee
 from indexer.store.database import Database
@@ -105,9 +106,33 @@ async def test_half_a_transaction_is_reported_without_the_person_in_it(database:
         await desk.desk.note_health()
         assert desk.outcomes() == {"not_json": 3.0}
         written = f"{told.value} {logs} {await _row(desk)}"
-        assert "bytes of JSON that cannot be used" in written
+        assert "application/json that is no JSON, or broke off: " in written
         for word in ("email", "first_name", "second_name"):
             assert str(user.person[word]) not in written, word
+
+
+async def test_a_changed_api_is_told_once_by_what_has_changed(database: Database) -> None:
+    time = Time()
+    partner = Keyban(seed=9, clock=time.now, keys=[KEY])
+    account = partner.open_account()
+    for amount in range(1, 9):
+        partner.mint(account, amount, AT_ONCE)
+    async with office(database, partner, time, name="keyban") as desk:
+        await desk.rows("UPDATE indexer.partner_account SET active = true")
+        await desk.register({"kind": "keyban.mint", "walletId": account.wallet, "amount": "99"}, reference="m")
+        poller = desk.keyban()
+        await poller.look(await desk.wallet(account.wallet))
+        with capture_logs() as logs:
+            partner.weather.begin("retyped", "missing_field")
+            for _ in range(20):
+                time.ahead += 700
+                await poller.look(await desk.wallet(account.wallet))
+        fields = [entry["field"] for entry in logs if "a field is missing" in entry["event"]]
+        assert {"value", "success", "nodes"} & set(fields) and len(fields) == len(set(fields))
+        assert [entry["event"] for entry in logs if "field" not in entry and "reason" not in entry] == [
+            "numbers came as strings, or strings as numbers: they are read all the same"
+        ]
+        assert await desk.rows("SELECT 1 FROM indexer.partner_transfer WHERE status <> 'succeeded'") == []
 
 
 def test_what_a_denial_says_names_its_status() -> None:

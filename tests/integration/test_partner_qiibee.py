@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from indexer.partners import qiibee as qiibee_module
 from indexer.partners.client import Refused
 from indexer.partners.qiibee import Reading
+from indexer.partners.schedule import SLOWEST
 from indexer.sandbox.partners.movement import AT_ONCE, Course
 from indexer.sandbox.partners.qiibee import BASE, Qiibee
 from indexer.sandbox.partners.wire import Reply, Request, answer
@@ -323,3 +325,20 @@ async def test_what_a_sweep_showed_is_marked_in_the_store_and_a_change_meanwhile
             assert {row[2] for row in rows if row[0] != lost.id} == {0}
             assert {row[0]: row[1] for row in rows if row[1] == walks}.keys() == {each.id for each in made}
             assert len([t for t in await desk.transfers() if t["withdrawn_at"] is not None]) == gone
+
+
+async def test_what_is_open_again_is_looked_at_though_nobody_registered_it(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep takes back what had settled while the looks rest: they go on at once, not when their long rest is over."""
+    monkeypatch.setattr(qiibee_module, "WAIT", 0.05)
+    time = Time()
+    partner = Qiibee(seed=12, clock=time.now, keys=[KEY])
+    async with office(database, partner, time, name="qiibee", base=BASE, header="X-API-KEY") as desk:
+        await desk.rows("UPDATE indexer.partner_account SET active = true")
+        poller = desk.qiibee()
+        poller._poll = 0.2
+        await poller._refresh()
+        resting = asyncio.create_task(poller._wait_until(desk.desk.clock.now() + SLOWEST))
+        await desk.register(credit(partner.enrol().auth_id, 10), reference="taken back")  # nobody is told
+        await asyncio.wait_for(resting, 20)

@@ -179,8 +179,11 @@ def test_an_outage_is_asked_less_and_less() -> None:
         )
         end = now() + 3600
         while now() < end:
-            with pytest.raises((Unavailable, Limited)):
+            with pytest.raises((Unavailable, Limited)) as told:
                 await client.get("orders", "/v1/loyalty/orders")
+            if isinstance(told.value, Limited):
+                assert "failed again and again" in str(told.value), "it asked for nothing"
+            assert client.health.problem is not None and "no connection" in client.health.problem, "the cause stays"
             await asyncio.sleep(5)
         assert len(partner.calls) < 3600 / 60 * 3 * 2.5 + 30
 
