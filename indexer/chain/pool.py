@@ -22,7 +22,7 @@ from indexer.chain.limits import Limits
 from indexer.chain.linkage import Unsettled
 from indexer.chain.rpc import Rpc
 from indexer.chain.rpc_errors import MethodMissing, PrunedHistory, RpcError
-from indexer.chain.schedule import ScheduleMismatch, WrongChain, check_chain_id, check_genesis, discover
+from indexer.chain.schedule import BASE, ScheduleMismatch, WrongChain, check_chain_id, check_genesis, discover
 from indexer.chain.wire import RawReceipt
 from indexer.model.types import BlockRef, Hash32, Header, Schedule
 from indexer.telemetry import Metrics
@@ -279,7 +279,11 @@ class Pool:
         if node.identified:
             return
         await check_chain_id(node.rpc, self.chain, self.chain_id)
-        self.genesis = await check_genesis(node.rpc, self.chain, self.genesis)
+        found = await check_genesis(node.rpc, self.chain, self.genesis)
+        if self.quorum == 1 or (found is not None and (self.chain_id, found) in BASE):
+            self.genesis = (
+                found  # else it is what enough endpoints show at the start: one could give all others another one
+            )
         node.identified = True
 
 

@@ -20,7 +20,7 @@ from indexer.chain.decode import Decoded, Decoder, Speakers
 from indexer.chain.integrity import verify_header
 from indexer.chain.linkage import FinalityViolation, Held, Reorganised, Unsettled, ancestor_below
 from indexer.chain.logs import headers_of
-from indexer.chain.pool import Source
+from indexer.chain.pool import LAG, Node, Source
 from indexer.chain.rpc import Rpc
 from indexer.chain.schedule import BASE
 from indexer.chain.steps import Gatherer, Step
@@ -95,6 +95,7 @@ class Position:
         self._mode: Mode | None = None
         self._pruned_to = 0
         self._sampled: BlockRef | None = None
+        self._stood: BlockRef | None = None  # the cursor at the last look at the endpoints
         self._disagreed = 0  # looks in a row at which too few endpoints agreed
         self._agreed: bool | None = None  # whether enough endpoints agree; None: not said yet
 
@@ -137,7 +138,7 @@ class Position:
             position._finalized = state.finalized
         else:
             await position._begin()
-        position._find_floor(genesis)
+        await position._find_floor(genesis)
         # what an earlier run left unpruned is near its last finalized block
         position._pruned_to = max(0, (position._finalized or position.cursor).number - 10_000)
         await position._refresh()
@@ -187,12 +188,19 @@ class Position:
         """The cursor to a finalized block, without claiming what lies between: that is history's to fill."""
         await self.commit(Step([to], Decoded(), [], self.gatherer.filter), "polling")
 
-    def _find_floor(self, genesis: Hash32 | None) -> None:
-        """Finalized; until there is such a block, genesis (also after a person accepted the node's chain)."""
+    async def _find_floor(self, genesis: Hash32 | None) -> None:
+        """Finalized; until there is such a block, genesis (also after a person accepted the node's chain). Where no endpoint keeps
+        block 0: the block below all that we hold, as enough of them show it."""
         if self._finalized is not None:
             self.floor = self._finalized
+        elif genesis is not None:
+            self.floor = BlockRef(0, genesis)
         else:
-            self.floor = self.cursor if genesis is None else BlockRef(0, genesis)
+            lowest = await chains.held_above(self._lease.connection, self.chain.chain_id, -1) or self.cursor
+            pool, below = self._source.pool, max(0, lowest.number - 1)
+            shown = await witnesses.shown(pool, below, pool.nodes)
+            agreed = [block_hash for block_hash, nodes in shown.items() if len(nodes) >= pool.quorum]
+            self.floor = BlockRef(below, agreed[0]) if agreed else lowest
 
     async def _refresh(self, upto: int | None = None) -> None:
         """Filter and speakers from the store: at start, after a rewind, and when history found tokens."""
@@ -401,6 +409,7 @@ class Position:
         if not pool.several:
             return
         found = witnesses.agreement(pool)
+        self._leave_who_stands_still(found.holders)
         self._source.reconsider()
         if found.height is None and len(found.apart) >= pool.quorum:
             self._source.prefer(found.apart, "most are on another branch")
@@ -426,6 +435,14 @@ class Position:
                 )
         if self._metrics is not None:
             self._metrics.witnesses.labels(self.chain.name).set(len(found.holders))
+
+    def _leave_who_stands_still(self, holders: list[Node]) -> None:
+        """A lead that shows new blocks when it is looked at, and none of them when it is followed: a cache in between, or a liar."""
+        stood, self._stood = self._stood, self.cursor
+        times = sorted((node.time_s for node in holders), reverse=True)[self._source.pool.quorum - 1 :]
+        if stood == self.cursor and self.cursor_time_s is not None and times and times[0] - self.cursor_time_s > LAG:
+            behind = f"{times[0] - self.cursor_time_s} s behind"
+            self._source.failed(Unsettled(f"{self._rpc.name} led no further than block {stood.number}, {behind}"))
 
     async def _tag(self, tag: Literal["safe", "finalized"]) -> Header | None:
         if self._source.pool.several:

@@ -121,7 +121,7 @@ class Rpc:
         call = _header_call(0)
         header = await self._header(call, 0)
         if header is None:
-            raise self._misfit(call, "block 0")("null")
+            raise UnknownBlock("it holds no block 0", endpoint=self.name, method=call.method, params=call.summary)
         return hash32(header.hash)
 
     async def header(self, at: int | Hash32 | Tag) -> RawHeader | None:

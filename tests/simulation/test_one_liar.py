@@ -229,3 +229,50 @@ async def test_who_is_right_is_not_put_aside_while_another_lags(database: Databa
             ours.mine()
             await caught_up(database, nodes[1])
             assert await stored(database) == truth(ours)
+
+
+async def test_a_genesis_that_only_one_shows_is_not_written_down(database: Database) -> None:
+    """The first endpoint shows another block 0, another keeps none: what only one says is not written down."""
+    async with nodes_of(loyal(FakeChain()), 3) as nodes:
+        other = FakeChain(salt=7)
+        nodes[0].lie(
+            "eth_getBlockByNumber",
+            lambda p, raw: other.header(other.canonical[0]) if p[0] == "0x0" else raw,
+            times=None,
+        )
+        nodes[1].lie("eth_getBlockByNumber", lambda p, raw: None if p[0] == "0x0" else raw, times=None)
+        world = world_of(database, nodes, socket=False)
+        async with world.running():
+            await world.caught_up()
+            nodes[0].mine([issued(1)])
+            await world.caught_up()
+            await agree(world)
+            told = await endpoints(world)
+            assert "quarantined" not in {
+                each["state"] for place, each in told.items() if place != f"127.0.0.1:{nodes[0].port}"
+            }, told
+            known = await database.pool.fetchval("SELECT genesis_hash FROM indexer.chain")
+            assert known in (None, nodes[1].chain.canonical[0].hash)
+
+
+async def test_who_shows_new_blocks_and_leads_to_none_of_them_is_left(database: Database) -> None:
+    """Whoever leads answers looks with the newest blocks and polls with old ones."""
+    async with nodes_of(loyal(FakeChain()), 3) as nodes:
+        chain = nodes[0].chain
+        world = world_of(database, nodes, socket=False)
+        async with world.running():
+            await world.caught_up()
+            await agree(world)
+            old = chain.header(chain.head)
+
+            def stale(answers: list[Any]) -> Any:
+                """A poll asks for the newest block, and twice for the cursor's; a look for other blocks."""
+                if [answer.get("result", {}).get("number") for answer in answers[1:]] == [old["number"]] * 2:
+                    answers[0]["result"] = old
+                return answers
+
+            nodes[0].batch_lie = stale
+            for _ in range(60):
+                chain.mine()
+                await asyncio.sleep(0.05)
+            await caught_up(database, nodes[1], 20)

@@ -18,6 +18,7 @@ from indexer.chain.pool import Node, Pool
 from indexer.chain.rpc import Rpc
 from indexer.commands.wiring import plain
 from indexer.config import Chain
+from indexer.store import chains
 from indexer.store.database import Database
 from indexer.store.overview import overview
 from indexer.telemetry import Metrics
@@ -519,3 +520,30 @@ async def test_the_status_names_the_endpoints(database: Database) -> None:
             assert f"127.0.0.1:{nodes[0].port} (primary, leads) live" in text
             assert f"127.0.0.1:{nodes[1].port} (fallback) failing since " in text and "no connection" in text
             assert world.sample("witnesses", chain="fake") == 1
+
+
+async def test_the_chain_is_accepted_where_no_endpoint_keeps_block_0(database: Database) -> None:
+    """There is no genesis to walk back to, and what we held below was pruned."""
+    async with nodes_of(loyal(FakeChain()), 1) as nodes:
+        chain = nodes[0].chain
+        nodes[0].lie("eth_getBlockByNumber", lambda p, raw: None if p[0] == "0x0" else raw, times=None)
+        world = world_of(database, nodes, socket=False)
+        chain.mine(blocks=5)
+        nodes[0].set_tags(safe=3, finalized=3)
+        async with world.running():
+            await world.caught_up()
+            chain.mine([issued(1)], 5)
+            await world.caught_up()
+            await world.tags(safe=12, finalized=12)
+            chain.reorganise(6, [[issued(2)]] * 8)
+
+            async def latched() -> bool:
+                return bool(await database.pool.fetchval("SELECT latch IS NOT NULL FROM indexer.chain"))
+
+            await eventually(latched, 20)
+        async with database.pool.acquire() as conn:
+            assert await chains.resume(conn, chain.chain_id, accept_chain=True)
+        async with world.running():
+            chain.mine()
+            await caught_up(database, nodes[0], 20)
+            assert not await latched()
