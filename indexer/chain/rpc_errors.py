@@ -355,6 +355,8 @@ def _kind(message: str, data: str, code: int | None, status: int | None, asked: 
     if plain == "limit exceeded" and code == -32005 and isinstance(asked, tuple):
         # BSC's public nodes say so to any eth_getLogs; to one block it can only mean that the method is off
         return Kind.UNSUPPORTED if span == 1 else Kind.RESULTS
+    if status == 402:
+        return Kind.DENIED  # whatever it says of quotas: waiting does not pay the bill
     for text in (message, data):
         if text and text.strip().rstrip(".").lower() not in _AMBIGUOUS:
             for kind, pattern in _MESSAGES:
@@ -364,7 +366,7 @@ def _kind(message: str, data: str, code: int | None, status: int | None, asked: 
         return Kind.FINALITY_UNKNOWN
     if "unknown block" in plain:
         return Kind.BLOCK_NOT_FOUND
-    if status in (401, 402):
+    if status == 401:
         return Kind.DENIED
     if code is not None and code in _CODES:
         return _CODES[code]

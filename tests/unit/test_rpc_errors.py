@@ -122,6 +122,8 @@ def test_each_error_has_the_class_that_says_what_to_do() -> None:
     assert isinstance(_error("too many RPC calls in batch request", -32014, 413), BatchTooLarge)
     assert isinstance(_error("invalid block range params", -32602), Refused)
     assert isinstance(_error("", None, 402), Refused)
+    assert _error("monthly quota exceeded", -32000, 402).kind is Kind.DENIED  # waiting does not pay the bill
+    assert _error("monthly quota exceeded", -32000, 200).kind is Kind.RATE_LIMIT
     assert isinstance(_error("", None, 503), Unreachable)
     assert isinstance(_error("something new", -32000), Refused)
 
