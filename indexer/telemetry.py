@@ -121,6 +121,9 @@ class Metrics:
             "unattested_blocks", "Claimed blocks that wait for witnesses or proof", ("chain",)
         )
         self.failovers = self._counter("failovers", "Times that an endpoint took over", ("chain", "endpoint"))
+        self.odd_tags = self._counter(
+            "odd_tags", "Tags of an endpoint that went back, or are missing all at once", ("endpoint", "tag", "oddity")
+        )
         self.endpoint_behind = self._gauge(
             "endpoint_behind_seconds", "Chain time that its head is behind the newest", ("chain", "endpoint")
         )

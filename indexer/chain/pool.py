@@ -95,6 +95,7 @@ class Node:
     at_odds: tuple[float, int] = (0.0, 0)  # its reading of history was not believed: until when, and how often
     no_receipts: bool = False
     stands: tuple[str, datetime] | None = None  # as was said of it last, and since when
+    tags: dict[str, int] = field(default_factory=dict)  # the last height of each
 
     @property
     def name(self) -> str:
@@ -196,6 +197,17 @@ class Pool:
         """Whether it has a vote: looked at with success, advancing, not in quarantine."""
         stuck = asyncio.get_running_loop().time() - node.advanced_at > STUCK
         return self.usable(node) and node.seen is not None and node.trouble is None and not stuck
+
+    def tagged(self, node: Node, tag: Literal["safe", "finalized"], header: Header | None) -> None:
+        """Counts a tag that went back, or that an endpoint does not know any more: ours only moves forward, whatever it says."""
+        before = node.tags.get(tag)
+        if header is not None:
+            node.tags[tag] = header.number
+        if before is None or self._metrics is None:
+            return
+        oddity = "missing" if header is None else "backwards" if header.number < before else None
+        if oddity is not None:
+            self._metrics.odd_tags.labels(node.name, tag, oddity).inc()
 
     def compare(self, node: Node) -> None:
         """Shows how far its head is behind the newest that was seen; called straight after a look at it."""

@@ -448,7 +448,9 @@ class Position:
         if self._source.pool.several:
             return await witnesses.agreed(self._source.pool, tag)
         raw = await self._rpc.header(tag)
-        return None if raw is None else verify_header(raw, self.schedule, count=self._count)
+        header = None if raw is None else verify_header(raw, self.schedule, count=self._count)
+        self._source.pool.tagged(self._source.lead, tag, header)
+        return header
 
     async def _jump(self, finalized: Header) -> None:
         """After a long outage: on from finalized; what lies between is history's to fill."""

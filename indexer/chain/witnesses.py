@@ -69,6 +69,8 @@ async def look(pool: Pool, node: Node) -> None:
     if latest is None:
         raise Lie("header_sealed", "it knows no latest block")
     node.reported(latest.number, asyncio.get_running_loop().time())
+    pool.tagged(node, "safe", safe)
+    pool.tagged(node, "finalized", finalized)
     ours = pool.ours(latest.number)  # as high as it goes: what enough endpoints hold is what `confirmed` counts by
     there: Header | None = latest
     if ours is not None and ours.number != latest.number:
