@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from indexer.partners import client as client_module
+from indexer.partners import credential as credential_module
 from indexer.sandbox.partners.app import Hosted
 from indexer.sandbox.partners.faults import FAULTS as WEATHER
 from indexer.sandbox.partners.keyban import Keyban
@@ -40,7 +40,7 @@ class Waiting:
 class Partners:
     def __init__(self, world: World) -> None:
         self.world, self.rng = world, random.Random(f"partners {world.seed}")
-        client_module.PROBE = 15.0  # a refused key is tried again sooner than in life
+        credential_module.PROBE = 15.0  # type: ignore[misc]  # a refused key is tried again sooner than in life
         seed = world.seed
         self.keyban = Keyban(seed=seed, clock=time.time, keys=[KEY], pace=PACE)
         self.qiibee = Qiibee(seed=seed, clock=time.time, keys=[KEY], pace=PACE)
