@@ -13,7 +13,7 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, settings
 from indexer.store import schema
 from indexer.store.database import Database
 from indexer.store.embedded import EmbeddedPostgres
+from tests import fault_table, movements
 
 # py_ecc, which comes with the sandbox's signatures, raises the limit to where nested JSON overflows the stack of the process;
 # the daemon never imports it (test_startup.py).
@@ -55,6 +56,18 @@ BEGIN
   END IF;
 END $$
 """
+
+
+@pytest.fixture(autouse=True)
+def moves_what_the_table_of_faults_says(request: pytest.FixtureRequest) -> Iterator[None]:
+    """docs/faults.md names metrics beside tests: they move while the test runs, or it fails."""
+    wanted = fault_table.wanted_of_test(request.node.nodeid)
+    if not wanted:
+        yield
+        return
+    with movements.watched() as seen:
+        yield
+    assert not (still := seen.still(wanted)), f"docs/faults.md says that these move here, and they did not: {still}"
 
 
 @dataclass

@@ -20,13 +20,16 @@ from indexer.chain.backfill import fill_history
 from indexer.chain.decode import Decoder
 from indexer.chain.follower import follow
 from indexer.chain.heads import HeadStream
-from indexer.chain.pool import Pool
+from indexer.chain.integrity import Outcome
+from indexer.chain.pool import Node, Pool
 from indexer.chain.rpc import Rpc
+from indexer.chain.runtime import counting_checks, counting_requests
 from indexer.config import Chain
 from indexer.store import chains, coverage
 from indexer.store.database import Database
 from indexer.store.leases import Leases
 from indexer.store.wakeups import Wakeups
+from indexer.telemetry import Metrics
 from tests.fake_node import FakeChain, FakeNode, LogSpec
 
 FACTORY = b"\xfa" * 20
@@ -178,6 +181,18 @@ def chain_config(
     return Chain.model_validate(settings)
 
 
+def _pool(chain: Chain, rpc: Rpc, metrics: Metrics, checks: list[tuple[str, str]] | None) -> Pool:
+    """One endpoint, counted as the daemon counts; `checks` hears of each check too."""
+    counted = counting_checks(metrics)
+
+    def count(endpoint: str, check: str, outcome: Outcome) -> None:
+        counted(endpoint, check, outcome)
+        if checks is not None:
+            checks.append((check, str(outcome)))
+
+    return Pool(chain.name, chain.chain_id, [Node(rpc)], count=count, metrics=metrics)
+
+
 @asynccontextmanager
 async def following(
     database: Database,
@@ -190,17 +205,14 @@ async def following(
 ) -> AsyncIterator[asyncio.Task[None]]:
     """A follower that runs for the body, under a real lease; killed (cancelled) at the end. `fails`: what it may end with."""
     chain = chain or chain_config(node)
-    rpc = Rpc(chain.rpc[0].url, timeout=5)
+    metrics = more.setdefault("metrics", Metrics())
+    rpc = Rpc(chain.rpc[0].url, timeout=5, observe=counting_requests(metrics))
     socket = chain.websocket
     heads = None if socket is None else lambda: HeadStream(socket, silent_seconds=chain.silent_seconds)
 
-    def count(check: str, outcome: object) -> None:
-        if checks is not None:
-            checks.append((check, str(outcome)))
-
     async def run() -> None:
         async with rpc, Leases(database, ttl=15).hold(f"follow:{chain.chain_id}") as lease:
-            source = Pool.of(rpc, chain.chain_id, chain.name, count).source()
+            source = _pool(chain, rpc, metrics, checks).source()
             await follow(chain, source, heads, lease, Wakeups(), DECODER, **more)
 
     task = asyncio.create_task(run())
@@ -224,15 +236,12 @@ async def filling(
 ) -> AsyncIterator[asyncio.Task[None]]:
     """History being filled for the body; killed at the end."""
     chain = chain or chain_config(node)
-    rpc = Rpc(chain.rpc[0].url, timeout=5)
-
-    def count(check: str, outcome: object) -> None:
-        if checks is not None:
-            checks.append((check, str(outcome)))
+    metrics = more.setdefault("metrics", Metrics())
+    rpc = Rpc(chain.rpc[0].url, timeout=5, observe=counting_requests(metrics))
 
     async def run() -> None:
         async with rpc, Leases(database, ttl=ttl).hold(f"history:{chain.chain_id}") as lease:
-            source = Pool.of(rpc, chain.chain_id, chain.name, count=count).source("history")
+            source = _pool(chain, rpc, metrics, checks).source("history")
             await fill_history(chain, source, lease, Wakeups(), DECODER, **more)
 
     task = asyncio.create_task(run())

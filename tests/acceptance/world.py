@@ -38,7 +38,7 @@ from indexer.sandbox.loyfin import WEALTH, Deployment, Loyfin, burst, create_pro
 from indexer.sandbox.transactions import Party
 from indexer.store import tokens
 from indexer.store.database import Database
-from tests import oracle, truth
+from tests import movements, oracle, truth
 
 BRAND = "bloom"
 CHAIN_ID = 84532
@@ -521,6 +521,7 @@ class World:
                     yield world
             finally:
                 for daemon in world.daemons:
+                    await world.measure(daemon)
                     await daemon.kill()
 
     async def start(self, **how: Any) -> Daemon:
@@ -557,7 +558,17 @@ class World:
             async with http.get(f"{daemon.base}/v1/status") as response:
                 assert response.status == 200, await response.text()
                 found: dict[str, Any] = await response.json()
-                return found
+            await self.measure(daemon)
+            return found
+
+    async def measure(self, daemon: Daemon) -> None:
+        """Its metrics, for whoever watches them (tests/movements.py); nothing of one that stands still or is gone."""
+        if movements.current is None or daemon.base is None or state_of(daemon.process.pid) == "T":
+            return
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as http:
+            with suppress(aiohttp.ClientError, TimeoutError, OSError):
+                async with http.get(f"{daemon.base}/metrics") as response:
+                    movements.current.scrape(await response.text(), daemon)
 
     # ---- the brand's side
 

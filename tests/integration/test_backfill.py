@@ -64,6 +64,28 @@ async def test_history_and_head_together_are_the_truth(database: Database) -> No
             assert await database.pool.fetchval("SELECT count(*) FROM indexer.emitter WHERE followed_from IS NULL") == 0
 
 
+async def test_a_reorganisation_while_history_meets_the_head(database: Database) -> None:
+    """F11: what is undone lies above finalized, and history, half read, is as it was."""
+    async with FakeNode(max_span=7) as node:
+        grow(node, 600)
+        node.set_tags(safe=520, finalized=500)
+        slow = node.delay("eth_getLogs", 0.1, times=None)
+        chain = chain_config(node)
+        async with following(database, node, chain), filling(database, node, chain):
+            await caught_up(database, node)
+            session = await database.session("test")
+            try:
+                await eventually(lambda: asyncio.sleep(0, slow.hits > 10))
+                node.reorganise(60, [[issued(7_000_000 + n)] for n in range(50)])
+                assert await coverage.gaps(session, node.chain_id, 500)  # there was history left to read
+            finally:
+                await session.close()
+            slow.times = 0
+            await caught_up(database, node)
+            await history_filled(database, node.chain_id)
+            await eventually(lambda: _equal(stored(database), truth(node.chain)))
+
+
 async def finalized(database: Database, number: int) -> bool:
     return bool(await database.pool.fetchval("SELECT finalized_number >= $1 FROM indexer.chain", number))
 

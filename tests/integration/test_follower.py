@@ -117,6 +117,25 @@ async def test_a_chain_that_gets_shorter(database: Database, socket: bool) -> No
             assert await stored(database) == truth(node.chain)
 
 
+@MODES
+async def test_a_reorganisation_while_nobody_looks(database: Database, socket: bool) -> None:
+    """F10: it is found at the next start, and followed as if it had been seen."""
+    async with FakeNode() as node:
+        node.mine([created(1)], 2)
+        for n in range(12):
+            node.mine([issued(n)])
+        chain = chain_config(node, socket=socket)
+        async with following(database, node, chain):
+            await caught_up(database, node)
+        node.reorganise(10, [[issued(100 + n)] for n in range(7)])
+        node.mine([issued(200)], 20)
+        async with following(database, node, chain):
+            await caught_up(database, node)
+            assert await stored(database) == truth(node.chain)
+        gone = await database.pool.fetchval("SELECT count(*) FROM indexer.movement WHERE NOT canonical")
+        assert gone == 10
+
+
 async def test_a_replacement_of_the_same_height(database: Database) -> None:
     async with FakeNode() as node:
         node.mine([created(1)], 5)

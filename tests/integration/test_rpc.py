@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
+from indexer.chain import rpc as endpoint
 from indexer.chain.heads import HeadStream, Silent
-from indexer.chain.rpc import Rpc
 from indexer.chain.rpc_errors import (
     BadAnswer,
     BeyondHead,
@@ -33,9 +33,19 @@ from indexer.chain.rpc_errors import (
     UnknownBlock,
     Unreachable,
 )
+from indexer.chain.runtime import counting_requests
 from indexer.chain.spans import Learned
 from indexer.model.types import Hash32
+from indexer.telemetry import Metrics
 from tests.fake_node import FakeChain, FakeNode
+
+
+class Rpc(endpoint.Rpc):
+    """Counts what it meets as the daemon does."""
+
+    def __init__(self, url: str, **how: Any) -> None:
+        super().__init__(url, **{"observe": counting_requests(Metrics())} | how)
+
 
 FACTORY = b"\x11" * 20
 HUB = b"\x22" * 20

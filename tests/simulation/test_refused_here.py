@@ -55,6 +55,22 @@ async def test_history_is_read_elsewhere(database: Database, when: Any, code: in
         assert first.calls["eth_getLogs"] < 30  # asked now and then at most: it will not change its mind
 
 
+async def test_history_is_read_elsewhere_while_one_is_not_paid_for(database: Database) -> None:
+    chain = FakeChain()
+    async with FakeNode(chain=chain) as first, FakeNode(chain=chain) as second:
+        chain.mine([created(1)])
+        for n in range(60):
+            chain.mine([issued(n)])
+        chain.safe = chain.finalized = 50
+        said = '{"jsonrpc":"2.0","id":null,"error":{"code":-32000,"message":"monthly quota exceeded"}}'
+        first.reply("eth_getLogs", said, status=402, times=None)
+        world = world_of(database, [first, second], socket=False)
+        async with world.running():
+            await history_filled(database, chain.chain_id)
+            await world.caught_up()
+            await world.intact()
+
+
 async def test_a_block_too_full_for_one_without_receipts_is_read_elsewhere(database: Database) -> None:
     chain = FakeChain()
     async with FakeNode(chain=chain, max_results=10) as first, FakeNode(chain=chain) as second:

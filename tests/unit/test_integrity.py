@@ -33,8 +33,10 @@ from indexer.chain.integrity import (
     verify_links,
     verify_logs,
 )
+from indexer.chain.runtime import counting_checks
 from indexer.chain.wire import BadLog, Log, RawHeader, RawLog, RawReceipt, parse_log
 from indexer.model.types import BlockRef, Hash32, Header, Schedule
+from indexer.telemetry import Metrics
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "facts" / "real_rpc"
 MAINNET = Schedule(l2_time=1686789347, first_fast_block=53_556_127)
@@ -59,8 +61,15 @@ def read_receipts(receipts: list[dict[str, Any]]) -> list[RawReceipt]:
 
 
 class Tally(Counter[tuple[str, str]]):
+    """Counts here, and as the daemon does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = counting_checks(Metrics())
+
     def __call__(self, check: str, outcome: Outcome) -> None:
         self[check, outcome.value] += 1
+        self.count("a node", check, outcome)
 
 
 # ------------------------------------------------------------------------------------------------ headers
@@ -353,7 +362,7 @@ def test_lying_receipts_are_named_by_the_check_that_caught_them(harm: Any, check
     header, receipts = honest()
     harm(receipts)
     with pytest.raises(Lie) as caught:
-        logs_of_receipts(header, read_receipts(receipts))
+        logs_of_receipts(header, read_receipts(receipts), count=Tally())
     assert caught.value.check == check
 
 
@@ -416,7 +425,7 @@ def test_a_lying_log_is_named_by_the_check_that_caught_it(
     logs = logs_of(receipts)
     logs[0] = msgspec.structs.replace(logs[0], **changes)
     with pytest.raises(Lie) as caught:
-        ask(logs, **question)
+        ask(logs, **question, count=Tally())
     assert caught.value.check == check
 
 

@@ -26,7 +26,9 @@ if os.environ.get("PYTHONHASHSEED") != "0":  # sets of strings are walked in the
 
 from tests.simulation.seeded import run  # isort: skip  - replaces the clocks before the product is imported
 
-from tests.simulation.seeded import mutants
+from tests import fault_table
+from tests.movements import watched
+from tests.simulation.seeded import alone, mutants
 from tests.simulation.seeded.postgres import SimulatedPostgres
 from tests.simulation.seeded.world import Verdict, World
 
@@ -52,6 +54,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--mutant", default="", help="play with this bug planted")
     parser.add_argument("--mutants", nargs="*", help="plant each (or those named) in turn: some seed must fail")
     parser.add_argument("--tries", type=int, default=12, help="seeds per mutant, after those known to catch it")
+    parser.add_argument("--faults", nargs="*", help="strike each alone (or those named): its metric must move")
     parser.add_argument("--profile", action="store_true")
     return parser.parse_args()
 
@@ -73,6 +76,12 @@ def _child(seed: int, owner: str, daemon: str, options: argparse.Namespace, pipe
             profile = cProfile.Profile()
             verdict = profile.runcall(run.play, seed, owner, daemon, verbose=options.verbose, lines=options.trace)
             pstats.Stats(profile).sort_stats("tottime").print_stats(35)
+        elif options.faults is not None:
+            with watched() as seen:
+                made = alone.world_of(options.fault, options.beside)
+                verdict = run.play(seed, owner, daemon, verbose=options.verbose, lines=options.trace, made=made)
+            figures = {figure for choice in fault_table.shown().values() for row in choice for figure in row}
+            verdict.moved = {figure: seen.how_far(figure) for figure in figures}
         else:
             verdict = run.play(seed, owner, daemon, verbose=options.verbose, lines=options.trace)
     except BaseException:
@@ -167,6 +176,48 @@ async def _mutants(options: argparse.Namespace) -> int:
     return 1 if survived else 0
 
 
+async def _faults(options: argparse.Namespace) -> int:
+    """Whether each seeded fault, struck alone, moves the metric that docs/faults.md names for it; and the oracle holds."""
+    names = [name for name in options.faults or alone.names() if fault_table.shown().get(name)]
+    waiting, unmoved, began = list(reversed(names)), list[str](), time.monotonic()
+    undisturbed: dict[tuple[object, int], asyncio.Task[Verdict]] = {}
+
+    async def strike(play: Callable[[int, argparse.Namespace], Awaitable[Verdict]]) -> None:
+        while waiting:
+            name = waiting.pop()
+            said = "never struck"
+            for seed in range(options.first, options.first + options.tries):
+                struck = await play(seed, argparse.Namespace(**{**vars(options), "fault": name, "beside": ""}))
+                if struck.wrong:
+                    said = f"seed {seed} FAILED: {struck.wrong[0].strip().splitlines()[-1]}"
+                    break
+                if not struck.struck[name]:
+                    continue
+                key = (alone.kind_of(name), seed)
+                if key not in undisturbed:
+                    beside = argparse.Namespace(**{**vars(options), "fault": "", "beside": name})
+                    undisturbed[key] = asyncio.ensure_future(play(seed, beside))
+                measure = await undisturbed[key]
+                moved = [
+                    max(row, key=lambda figure: struck.moved[figure] - measure.moved[figure])
+                    for row in fault_table.shown()[name]
+                ]
+                said = ", ".join(f"{each} {measure.moved[each]:g} → {struck.moved[each]:g}" for each in moved)
+                if all(alone.moved(each, measure.moved[each], struck.moved[each]) for each in moved):
+                    print(f"{name:38} seed {seed}: {said}", flush=True)
+                    break
+            else:
+                said = f"UNMOVED in {options.tries} seeds, the last: {said}"
+            if "UNMOVED" in said or "FAILED" in said:
+                unmoved.append(name)
+                print(f"{name:38} {said}", flush=True)
+
+    migrating = asyncio.Lock()
+    await asyncio.gather(*(_on_a_server(migrating, strike) for _ in range(min(options.jobs, len(names)))))
+    print(f"{len(names)} faults in {time.monotonic() - began:.0f} s, {len(unmoved)} without their metric")
+    return 1 if unmoved else 0
+
+
 async def _all(options: argparse.Namespace) -> int:
     chosen = options.seed or [*kept(), *range(options.first, options.first + options.seeds)]
     seeds = [
@@ -206,4 +257,5 @@ async def _all(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     given = _parse()
-    sys.exit(asyncio.run(_all(given) if given.mutants is None else _mutants(given)))
+    main = _mutants if given.mutants is not None else _faults if given.faults is not None else _all
+    sys.exit(asyncio.run(main(given)))

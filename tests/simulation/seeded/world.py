@@ -28,6 +28,7 @@ from indexer.store.database import Database
 from tests import oracle
 from tests.fake_node import FakeNode
 from tests.following import FACTORY, ISSUER
+from tests.movements import Figure
 from tests.receiver import Received, Receiver
 from tests.simulation.seeded import faults
 from tests.simulation.seeded.loop import Process, VirtualLoop
@@ -61,7 +62,7 @@ class Verdict:
     wrong: list[str]
     trace: str
     struck: Counter[str] = field(default_factory=Counter)
-    moved: dict[str, float] = field(default_factory=dict)
+    moved: dict[Figure, float] = field(default_factory=dict)  # how far each went, where somebody watched
     figures: dict[str, Any] = field(default_factory=dict)
     tail: list[str] = field(default_factory=list)
 
@@ -84,7 +85,6 @@ class World:
         self.server: Server = loop.postgres
         self.struck: Counter[str] = Counter()
         self.processes: list[Process] = []
-        self.metrics: list[Any] = []
         self.born = 0
         self.kills = self.statements = 0
         self.nodes: list[FakeNode] = []
