@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint bench simulate simulate-mutants test-matrix lock wheel clean
+.PHONY: demo test lint bench simulate simulate-mutants simulate-faults test-matrix lock wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/indexer demo
@@ -30,6 +30,10 @@ simulate: $(VENV)/.installed
 # Planted bugs: some seed must notice each.
 simulate-mutants: $(VENV)/.installed
 	$(BIN)/python -m tests.simulation.seeded $(SIMULATE_ARGS) --mutants $(MUTANTS)
+
+# Each seeded fault alone, or FAULTS="'F01 stale head' …": the metric that docs/faults.md names must move.
+simulate-faults: $(VENV)/.installed
+	$(BIN)/python -m tests.simulation.seeded $(SIMULATE_ARGS) --faults $(FAULTS)
 
 # Python 3.11, 3.12, 3.13 against PostgreSQL 15 to 18: interpreters that are missing are named, not silently skipped.
 test-matrix:

@@ -148,6 +148,7 @@ async def serve(
         await apply_configuration(database, config)
         await _tell_held(database)
         wakeups = await stack.enter_async_context(Wakeups.listening(database))
+        metrics.listening.set_function(lambda: float(wakeups.status == "listening"))
         leases = Leases(database, ttl=config.database.lease_seconds, rng=rng)
         process = Process(str(leases.holder))
         supervisor = process.supervisor = Supervisor(leases, metrics, rng)

@@ -8,7 +8,7 @@ import structlog
 
 from indexer.model.evidence import Movement
 from indexer.model.operation import State
-from indexer.model.signal import Signal
+from indexer.model.signal import READY, RESTORED, Signal
 from indexer.model.standing import AnyEvidence
 from indexer.store.operations import Operation
 from indexer.telemetry import Metrics, Stage
@@ -46,6 +46,12 @@ class SettlementObserver:
 
     def signalled(self, signal: Signal) -> None:
         self._metrics.signals.labels(signal.brand, signal.type).inc()
+        if signal.type in (READY, RESTORED):
+            data = signal.payload["data"]
+            for told in data["evidence"]:
+                if told["ambiguous"]:
+                    kind = data["operation"]["legs"][told["leg"]]["kind"]
+                    self._metrics.ambiguous.labels(signal.brand, kind).inc()
 
     def repeated(self, movement: Movement) -> None:
         """A second event of one identity: counted and told once, however often the reconciler comes by."""

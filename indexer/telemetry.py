@@ -10,8 +10,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, Literal, TextIO
 from urllib.parse import urlsplit
 
@@ -36,7 +35,6 @@ Stage = Literal[
     "registered_to_fulfilled",
 ]
 Level = Literal["head", "safe", "finalized"]
-Activity = Literal["waiting", "querying", "checking", "storing"]
 
 #: What `/metrics` answers with.
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -104,9 +102,6 @@ class Metrics:
         self.differences = self._counter("second_look_differences", "Logs a second look corrected", ("chain",))
         self.reread_differences = self._counter(
             "reread_differences", "Logs that an audit or a replay read otherwise", ("chain", "finding", "outcome")
-        )
-        self.covered_blocks = self._gauge(
-            "covered_blocks", "Blocks covered, summed over emitters", ("chain", "verdict")
         )
 
         # ------------------------------------------------------------- endpoints and partners
@@ -182,7 +177,6 @@ class Metrics:
         self.leases_lost = self._counter("leases_lost", "Leases that ended while held", ("task",))
         self.loop_restarts = self._counter("loop_restarts", "Loops restarted after an error", ("task", "error"))
         self.forgotten = self._counter("forgotten_rows", "Rows deleted because they are over and old", ("what",))
-        self.time_spent = self._counter("time_spent_seconds", "What loops spend time on", ("task", "activity"))
         self.listening = self._gauge("listen_connected", "1 while the LISTEN connection stands")
         self.http_requests = self._counter("http_requests", "HTTP requests answered", ("route", "method", "status"))
         self.http_seconds = self._histogram("http_seconds", "Time of an HTTP answer", ("route",), _REQUEST)
@@ -216,20 +210,11 @@ class Metrics:
         """Unix seconds at which the oldest signal was made that waits for a stopped endpoint; None: none does."""
         self._age(self.oldest_held, (brand,), since)
 
-    @contextmanager
-    def spending(self, task: str, activity: Activity) -> Iterator[None]:
-        """Adds the time of the block to what `task` spent on `activity`."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.time_spent.labels(task, activity).inc(time.perf_counter() - started)
-
     def forget_database(self) -> None:
         """Drops what describes the whole database: only the holder of the lease reports it."""
         ages = (self.oldest_open, self.oldest_unsent, self.oldest_held)
         counts = (self.operations, self.unmatched, self.exposures, self.dead_letters, self.webhooks_stopped)
-        for gauge in (*ages, *counts, self.covered_blocks, self.unattested):
+        for gauge in (*ages, *counts, self.unattested):
             gauge.clear()
         self._since = {key: since for key, since in self._since.items() if key[0] not in ages}
         self.touched.set(0)

@@ -302,6 +302,7 @@ async def test_twenty_kills_lose_nothing_and_say_nothing_twice(database: Databas
                 f"seed {seed}: {len(teller.stories)} operations, reorganisations {teller.depths}, {dict(told)};"
                 f" played {played - began:.0f} s, at rest after {time.monotonic() - played:.0f} s"
             )
+            await world.measure(world.daemons[-1])
             assert await world.daemons[-1].stop() == 0
     except BaseException as error:
         error.add_note(f"SEED={seed}")

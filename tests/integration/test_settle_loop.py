@@ -12,8 +12,11 @@ from indexer.settlement import desk, loop
 from indexer.store.database import Database
 from indexer.store.leases import Leases
 from indexer.store.wakeups import Wakeups
+from tests.fake_node import FakeNode
+from tests.following import created, issued
 from tests.integration.test_settlement import INCLUDED
 from tests.loops import at_work
+from tests.simulation import world as daemons
 from tests.world import World, hexa
 
 
@@ -53,3 +56,20 @@ async def test_an_operation_that_cannot_be_worked_out_is_put_off_and_the_others_
         assert (
             await world.conn.fetchval("SELECT operation_id FROM indexer.alarm WHERE axis = 'clock_ms'") == operations[2]
         )
+
+
+async def test_an_ambiguous_claim_is_counted_when_it_makes_ready(database: Database) -> None:
+    """Two operations wait under one hash: the older is settled, and the metric says that another fitted too."""
+    async with FakeNode() as node:
+        world = daemons.World(database, node, confidence="included")
+        node.mine([created(1)], 3)
+        leg = {key: value for key, value in daemons.leg_of(1).items() if key != "nonce"}
+        async with world.running():
+            await world.caught_up()
+            for reference in ("older", "younger"):
+                request = {"brand": daemons.BRAND, "reference": reference, "legs": [leg]}
+                await database.pool.fetchval("SELECT loyalty.register_operation($1)", request)
+            node.mine([issued(1)], 2)
+            await world.reaches("older", "ready")
+            assert world.sample("ambiguous_matches_total", brand=daemons.BRAND, kind="loyfin.issuance") == 1
+            assert await world.state("younger") == "pending"

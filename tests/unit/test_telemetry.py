@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 
@@ -116,12 +119,11 @@ def test_a_replica_without_the_lease_reports_nothing_of_the_database() -> None:
     assert value(metrics, "loyalty_oldest_open_age_seconds", brand="bloom") == 6
 
 
-def test_time_spent_is_added_also_when_the_work_fails() -> None:
-    metrics = Metrics()
-    with pytest.raises(RuntimeError), metrics.spending("settle", "storing"):
-        raise RuntimeError
-    spent = value(metrics, "loyalty_time_spent_seconds_total", task="settle", activity="storing")
-    assert spent is not None and spent > 0
+def test_no_metric_is_declared_that_nobody_moves() -> None:
+    sources = [path.read_text() for path in sorted((Path(__file__).parents[2] / "indexer").rglob("*.py"))]
+    text = re.sub(r"self\.\w+ = self\._(counter|gauge|histogram)\(", "", "\n".join(sources))
+    metrics = [name for name, metric in vars(Metrics()).items() if isinstance(metric, MetricWrapperBase)]
+    assert metrics and not [name for name in metrics if not re.search(rf"\.{name}\b", text)]
 
 
 # --------------------------------------------------------------------------- redaction
