@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 from indexer.model.confidence import Level, Policy
 from indexer.partners.client import PartnerError
@@ -14,11 +15,13 @@ from indexer.sandbox.partners.keyban import Keyban
 from indexer.sandbox.partners.movement import Course
 from indexer.sandbox.partners.partner import Partner
 from indexer.sandbox.partners.qiibee import BASE, Qiibee
+from indexer.sandbox.partners.wire import JSON, Reply
 from indexer.store.database import Database
 from tests.integration.test_partner_legs import rules, world_at
 from tests.oracle import judge_database
 from tests.partner_office import KEY, Time, office
 
+SAMPLES = Path(__file__).parents[1] / "samples"
 WALLETS, MEMBERS, ROUNDS = 25, 12, 3
 AMOUNTS = (10, 20)
 WEATHER = {
@@ -136,3 +139,48 @@ async def test_rounds_of_registrations_and_histories_settle_what_stands_one_to_o
         assert await world.settle() == [] and await claims() == settled
         assert await world.conn.fetchval("SELECT count(*) FROM indexer.outbox") == signals
         assert await world.conn.fetchval("SELECT count(*) FROM indexer.partner_record") == versions
+
+
+async def test_the_samples_settle_what_they_show_and_nothing_else(database: Database, dsn: str) -> None:
+    """The recorded answers, byte for byte, in place of a simulator's."""
+    time = Time()
+    keyban, qiibee = Keyban(seed=1, clock=time.now, keys=[KEY]), Qiibee(seed=1, clock=time.now, keys=[KEY])
+    for partner, name in ((keyban, "keyban_orders"), (qiibee, "qiibee_transactions")):
+        body = (SAMPLES / f"{name}.json").read_bytes()
+        partner.route = lambda _, body=body: Reply(200, body, {"Content-Type": JSON})  # type: ignore[method-assign, misc]
+    wallet = "GCRKV5VQIMXJTYFWFIJ4M726IUWVHW7EJV2A2SSZMO3BO5MI2SBMHNQL"
+    ada, ben = "0d6c6a53-0c0e-4c8e-9b0b-6f0f5b6f1a10", "b7a0b1c9-5a63-4a0f-8f2a-1d2c3b4a5e60"
+    expected = {
+        ("keyban.mint", wallet, 150, "2026-11-20T10:20:00Z"): "ready",  # two transfers that sum up
+        ("keyban.burn", wallet, 40, "2026-11-20T10:20:00Z"): "ready",
+        ("keyban.mint", wallet, 60, "2026-11-20T10:20:00Z"): "pending",  # in a block, and failed
+        ("keyban.mint", wallet, 75, "2026-11-20T10:20:00Z"): "pending",  # under way, since nobody knows when
+        ("keyban.mint", wallet, 40, "2026-11-20T10:20:00Z"): "pending",  # the other way
+        ("keyban.mint", wallet, 120, "2026-11-20T10:20:00Z"): "pending",  # one transfer of two
+        ("qiibee.credit", ada, 25, "2026-11-20T10:40:00Z"): "submitted",
+        ("qiibee.debit", ada, 100, "2026-11-20T10:40:00Z"): "ready",
+        ("qiibee.debit", ada, 10, "2026-11-20T10:30:00Z"): "pending",  # an exchange
+        ("qiibee.debit", ben, 50, "2026-11-20T09:50:00Z"): "pending",  # a reward
+        ("qiibee.credit", ben, 15, "2026-11-19T16:20:00Z"): "ready",  # one that failed, one that did not
+        ("qiibee.credit", ben, 15, "2026-11-20T16:20:00Z"): "pending",  # another day
+    }
+    async with (
+        world_at(dsn, rules(Policy(Level.INCLUDED))) as world,
+        office(database, keyban, time, name="keyban") as orders,
+        office(database, qiibee, time, name="qiibee", base=BASE, header="X-API-KEY") as history,
+    ):
+        await world.conn.execute("UPDATE indexer.partner_account SET active = true")
+        operations = {
+            await world.register({"kind": kind, "walletId": who, "amount": str(amount)}, requestedAt=at): state
+            for (kind, who, amount, at), state in expected.items()
+        }
+        for _ in range(2):
+            await orders.keyban().look(await orders.wallet(wallet))
+            await history.qiibee().look()
+            await world.settle()
+            time.ahead += DAY
+        states = {row["id"]: row["state"] for row in await orders.rows("SELECT id, state FROM indexer.operation")}
+        told = [(*terms, states[operation]) for operation, terms in zip(operations, expected, strict=True)]
+        assert told == [(*terms, state) for terms, state in expected.items()]
+        assert await judge_database(world.conn) == []
+        assert not orders.oddities() and not history.oddities(), "they are as documented"
