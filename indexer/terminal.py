@@ -258,9 +258,11 @@ def status_text(seen: dict[str, Any]) -> str:
     for account in seen["partners"]:
         name = f"{account['partner']} account of {account['brand']}"
         if account["refused"] is not None:
-            lines.append(f"{name}: REFUSED since {account['refusedSince']}: {account['refused']}")
+            said = account["refused"].removeprefix(f"{name}, ")
+            lines.append(f"{name}: REFUSED since {account['refusedSince']}: {said}")
         elif account["problem"] is not None:
-            lines.append(f"{name}: {account['problem']}")
+            said = account["problem"].removeprefix(f"{name}, ")
+            lines.append(f"{name}: {said} (it answered well last at {account['answeredAt'] or 'no time'})")
         if account["differences"]:
             last = account["differences"][-1]
             lines.append(f"{name} DIFFERS from the chain, last seen {last['at']}: {last['what']}")

@@ -11,7 +11,7 @@ import pytest
 from indexer.commands.wiring import plain
 from indexer.model.types import Address
 from indexer.partners import loyfin
-from indexer.partners.client import Denied, PartnerError, Refused
+from indexer.partners.client import Denied, PartnerError, Refused, Unavailable
 from indexer.partners.credential import PROBE
 from indexer.partners.loyfin import LIMIT, LoyfinPoller
 from indexer.partners.orders import Unusable
@@ -87,6 +87,17 @@ async def test_hints_come_and_go_and_differences_are_shown(database: Database, d
         assert [each.what for each in account.differences] == [state["differences"][0]["what"]]
         text = status_text(plain(seen))
         assert "loyfin account of bloom: REFUSED since" in text and "block 77 in the API, 5 on the chain" in text
+        assert ": operations: HTTP 401" in text, "and whose it is is said once"
+        api.keys.clear()
+        time.ahead += PROBE + 1
+        await poller.look()
+        api.weather.begin("server_error")
+        with pytest.raises(Unavailable):
+            await poller.look()
+        await desk.desk.note_health()
+        async with database.pool.acquire() as conn:
+            text = status_text(plain(await overview(conn)))
+        assert "loyfin account of bloom: operations: HTTP 5" in text and "(it answered well last at 20" in text
 
 
 async def test_hints_behind_any_number_of_pages_are_read_and_new_ones_at_once(
