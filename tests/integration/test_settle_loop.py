@@ -14,6 +14,7 @@ from indexer.store.leases import Leases
 from indexer.store.wakeups import Wakeups
 from tests.fake_node import FakeNode
 from tests.following import created, issued
+from tests.integration.test_partner_legs import PartnerWorld, mint, rules
 from tests.integration.test_settlement import INCLUDED
 from tests.loops import at_work
 from tests.simulation import world as daemons
@@ -73,3 +74,30 @@ async def test_an_ambiguous_claim_is_counted_when_it_makes_ready(database: Datab
             await world.reaches("older", "ready")
             assert world.sample("ambiguous_matches_total", brand=daemons.BRAND, kind="loyfin.issuance") == 1
             assert await world.state("younger") == "pending"
+
+
+async def test_a_pass_that_waited_for_another_session_in_a_circle_is_begun_anew(
+    database: Database, owner_dsn: str
+) -> None:
+    async with PartnerWorld.at(owner_dsn, rules()) as world, World.at(owner_dsn, found=False) as other:
+        assert isinstance(world, PartnerWorld)
+        operation = await world.register(mint())
+        evidence = await world.record()
+        crossing = other.conn.transaction()
+        await crossing.start()
+        await other.conn.execute("SELECT FROM indexer.partner_transfer WHERE id = $1 FOR UPDATE", evidence)
+        settling = at_work(
+            Leases(database, ttl=10), loop.TASK, lambda lease: loop.settle(lease, Wakeups(), rules(), {}, Nobody())
+        )
+        async with settling, asyncio.timeout(60):
+            while not await database.pool.fetchval(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            ):
+                await asyncio.sleep(0.01)
+            # the pass holds the operation and wants the evidence; of the two it has waited longer, and is ended
+            await other.conn.execute("SELECT FROM indexer.operation WHERE id = $1 FOR UPDATE", operation)
+            assert await world.state(operation) == "pending"
+            await crossing.commit()
+            while await world.state(operation) != "ready":
+                await asyncio.sleep(0.05)
+        assert await world.conn.fetchval("SELECT epoch FROM indexer.lease WHERE task = 'settle'") == 1
