@@ -8,6 +8,7 @@ and that each quarantine has its reason, its end, and leaves at least one endpoi
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -134,6 +135,7 @@ class Pool:
         count: CountOf | None = None,
         metrics: Metrics | None = None,
         observe: bool = False,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self.chain, self.chain_id, self.nodes, self.quorum = chain, chain_id, list(nodes), quorum
         self.genesis: Hash32 | None = None
@@ -142,6 +144,7 @@ class Pool:
         self._count, self._metrics, self.observe = count, metrics, observe
         self.limits = Limits(chain_id, [node.rpc for node in nodes])
         self._headers: OrderedDict[Hash32, Header] = OrderedDict()
+        self._wall = wall
 
     @classmethod
     def of(cls, rpc: Rpc, chain_id: int, chain: str = "", count: Count | None = None) -> Pool:
@@ -217,13 +220,23 @@ class Pool:
 
     def fit(self, nodes: Iterable[Node]) -> list[Node]:
         """Those of them that may lead at the head: with a vote, on our chain, and not behind the others."""
-        fit = [node for node in nodes if self.live(node) and node.seen is not None and node.seen.holds]
-        return [node for node in fit if self.behind(node) <= LAG]
+        on_time = self._on_time()
+        return [node for node in nodes if node in on_time and self.behind(node) <= LAG]
+
+    def _on_time(self) -> list[Node]:
+        """Those with a vote, on our chain; but for whoever is ahead of the clock, where others are not."""
+        holders = [node for node in self.nodes if self.live(node) and node.seen is not None and node.seen.holds]
+        return [node for node in holders if node.time_s <= self._wall() + LAG] or holders
+
+    def ahead_of_time(self, header: Header) -> bool:
+        """Whether a block is later than the clock, while some endpoint's newest is not: blocks that somebody made in store could lead
+        us away from those that are mined. (A clock that is wrong is so for all of them.)"""
+        limit = self._wall() + LAG
+        return header.time_s > limit and any(self.live(node) and node.time_s <= limit for node in self.nodes)
 
     def behind(self, node: Node) -> int:
         """Seconds of chain that it is behind the newest of those on our chain, as the last looks at them showed."""
-        newest = max((n.time_s for n in self.nodes if self.live(n) and n.seen is not None and n.seen.holds), default=0)
-        return max(0, newest - node.time_s)
+        return max(0, max((n.time_s for n in self._on_time()), default=0) - node.time_s)
 
     def standing(self, node: Node) -> tuple[str, str | None]:
         """For status: 'live', 'lagging', 'stuck', 'apart', 'failing', 'quarantined' or 'unknown', and why."""

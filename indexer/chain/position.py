@@ -236,7 +236,12 @@ class Position:
     # --------------------------------------------------------------------- moving
 
     async def commit(self, step: Step, mode: Mode) -> None:
-        """Stores one step: the un-confirming of an old branch, the new blocks and events, the cursor. One transaction."""
+        """Stores one step: the un-confirming of an old branch, the new blocks and events, the cursor. One transaction.
+
+        Raises Unsettled for a block of the future that others do not show.
+        """
+        if self._source.pool.ahead_of_time(step.head):
+            raise Unsettled(f"{self._rpc.name} shows block {step.head.number} before its time, {step.head.time_s} s")
         async with self._lease.transaction() as conn:
             done = await facts.commit_step(
                 conn,

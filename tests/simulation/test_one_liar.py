@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import msgspec
@@ -276,3 +277,24 @@ async def test_who_shows_new_blocks_and_leads_to_none_of_them_is_left(database: 
                 chain.mine()
                 await asyncio.sleep(0.05)
             await caught_up(database, nodes[1], 20)
+
+
+async def test_blocks_made_ahead_of_time_lead_nobody_away(database: Database) -> None:
+    """An hour of them, at the endpoint that leads: no other would come so far for an hour, and only then contradict."""
+    start = int(time.time()) - 60
+    async with nodes_of(loyal(FakeChain(time_s=start, block_ms=200)), 3) as nodes:
+        ours = nodes[0].chain
+        world = world_of(database, nodes, socket=False)
+        async with world.running():
+            await world.caught_up()
+            await agree(world)
+            reference = await world.register(1)
+            fork = ours.fork()
+            nodes[0].move_to(fork)
+            fork.mine(blocks=18_000)
+            ours.mine(blocks=10)
+            ours.mine([issued(1)])
+            await world.reaches(reference, "ready")
+            ours.mine()
+            await caught_up(database, nodes[1])
+            assert await stored(database) == truth(ours)
