@@ -160,7 +160,9 @@ class Desk:
             return False
         if await certainly_expired(self.conn, operation, leg, heads, after_ms):
             # coverage is committed with the events that it speaks for, but we read those before it: once more, after it
-            if not await neighbourhood.evidence_beside(self.conn, leg, self.around.movements):
+            if not await neighbourhood.evidence_beside(
+                self.conn, leg, [*self.around.movements, *self.around.set_aside]
+            ):
                 return True
             self.changes.touched.add(operation.id)
             return False

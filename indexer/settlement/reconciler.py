@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
+from uuid import UUID
 
-from indexer.model.confidence import Heads
+from indexer.model.confidence import Heads, Level
 from indexer.model.evidence import Movement
 from indexer.model.matching import Matching, match
 from indexer.model.operation import State
 from indexer.model.partner_matching import match_partners
 from indexer.model.signal import Signal
-from indexer.model.standing import AnyEvidence, Attestation, Block, block_of
+from indexer.model.standing import AnyEvidence, Attestation, Block, Standing, block_of
 from indexer.settlement.desk import Desk, Pass
 from indexer.settlement.rules import BrandRules, standing_of, with_contracts
 from indexer.store import attestations, neighbourhood, operations, partner_evidence, unmatched
@@ -56,10 +57,12 @@ async def reconcile(
     # way round: of facts that were read between two looks, only what both looks say holds.
     since = await operations.heads(conn)
     heads = {chain: seen.least(since[chain]) for chain, seen in heads.items() if chain in since}
+    standing = standing_of(heads, rules, done.now_ms, await _attested(conn, heads, around))
+    changes = Changes()
+    around.movements, around.set_aside = _without_pretenders(around.movements, standing)
+    changes.asked |= {block for movement in around.set_aside if (block := standing.to_ask(movement)) is not None}
     matching = await _matched(conn, around, rules)
     done.repeated = matching.repeated
-    changes = Changes()
-    standing = standing_of(heads, rules, done.now_ms, await _attested(conn, heads, around))
     desk = Desk(conn, rules, explorers, standing, around, matching, changes, done)
     spoken_for = desk.spoken_for()
     for operation in around.operations.values():
@@ -70,6 +73,22 @@ async def reconcile(
     await unmatched.step_back(conn, desk.freed(spoken_for))
     await append(conn, done.signals)
     return done
+
+
+def _without_pretenders(movements: Sequence[Movement], standing: Standing) -> tuple[list[Movement], list[Movement]]:
+    """The movements, and apart from them those that stand before another of their identity for which more speaks: an event that one
+    endpoint made up in an old block must not take the place of the true one. Somebody looks at them."""
+    groups: dict[UUID, list[Movement]] = {}
+    for movement in movements:
+        groups.setdefault(movement.id, []).append(movement)
+
+    def order(movement: Movement) -> tuple[bool, bool, tuple[int, int]]:
+        doubted = standing.doubt(movement) is not None
+        return doubted, doubted or standing.doubt(movement, Level.SAFE) is not None, movement.position
+
+    firsts = {of: min(group, key=order).position for of, group in groups.items() if len(group) > 1}
+    aside = [m for m in movements if m.id in firsts and m.position < firsts[m.id]]
+    return [m for m in movements if m not in aside] if aside else list(movements), aside
 
 
 async def _attested(conn: Connection, heads: Mapping[int, Heads], around: Neighbourhood) -> dict[Block, Attestation]:

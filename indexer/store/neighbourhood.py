@@ -39,6 +39,7 @@ class Neighbourhood:
     hints: list[Hint] = field(default_factory=list)
     # what speaks for the movements' blocks, as it was when they were read or before: what a proof puts right commits with it
     attested: dict[Block, Attestation] = field(default_factory=dict)
+    set_aside: list[Movement] = field(default_factory=list)  # canonical, and not to be matched for the time being
 
 
 _LEG = """

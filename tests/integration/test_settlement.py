@@ -749,3 +749,33 @@ async def test_a_foreign_uuid_is_no_operation(world: World) -> None:
             await world.conn.fetchval(call, UUID(int=1))
         assert problem(refused.value)[0] == "LY404"
     assert hexa(ISSUER).startswith("0x15")
+
+
+@pytest.mark.parametrize("amount", ["250", "1"], ids=["equal terms", "other terms"])
+async def test_an_event_that_nobody_holds_takes_no_other_ones_place(world: World, amount: str) -> None:
+    """History as one endpoint tells it has an event with the same nonce in an older block: the true one keeps its leg, and that
+    block is asked about."""
+    leg = world.leg(nonce=hexa(world.nonce()), amount="250")
+    await world.conn.execute("UPDATE indexer.chain SET quorum = 2, agreed_number = 1000, agreed_at = clock_timestamp()")
+    operation = await world.register(leg)
+    await world.event(100, leg)
+    await world.conn.execute(
+        "INSERT INTO indexer.attestation (chain_id, number, hash, proof, witnesses) VALUES ($1, 100, $2, 'receipts_root', '{one,two}')",
+        CHAIN,
+        digest("a", 100),
+    )
+    await world.heads(head=1000, safe=900, finalized=99)
+    assert await world.settle() == ["operation.ready"]
+    await world.event(50, leg, fork="made up", amount=amount)
+    assert await world.settle() == [] and await world.state(operation) == "ready"
+    assert (
+        await world.conn.fetchval("SELECT count(*) FROM indexer.attestation WHERE number = 50 AND next_at IS NOT NULL")
+        == 1
+    )
+    # enough endpoints hold it after all: it is the first, and the other one repeats it
+    await world.conn.execute(
+        "UPDATE indexer.attestation SET proof = 'receipts_root', witnesses = '{one,two}' WHERE number = 50"
+    )
+    await world.touch_blocks(50, 50)
+    told = await world.settle()
+    assert told == (["operation.finalized"] if amount == "250" else ["operation.reverted", "operation.conflict"])
