@@ -147,7 +147,7 @@ class Comparison:
         """Which of the logs that this reading has more than the store may be stored, and how many may not.
 
         Where several witnesses are needed, a log is in a block that so many hold, and in the receipts that prove themselves
-        against its header; where nobody has receipts, its bloom has room for the log.
+        against its header; where nobody has receipts, its bloom has room for the log. Raises Unsettled where too few tell of the block.
         """
         pool = self._task.source.pool
         if pool.quorum == 1:
@@ -157,8 +157,12 @@ class Comparison:
         for place in places:
             by_block.setdefault((place.number, place.block_hash), []).append(place)
         for (number, block_hash), there in by_block.items():
-            if not (await witnesses.judge(pool, BlockRef(number, Hash32(block_hash)))).stands:
+            verdict = await witnesses.judge(pool, BlockRef(number, Hash32(block_hash)))
+            if verdict.undone:  # of a block that is not the chain's
+                self._task.count(REAL, Outcome.FAIL)
                 continue
+            if not verdict.stands:
+                raise Unsettled(f"{self._task.rpc.name} has a log of block {number}, which too few endpoints hold")
             (header,) = await self._ranges.headers([number])
             truth = await self._of_block(header, asked) if header.hash == block_hash else {}
             if truth is None:

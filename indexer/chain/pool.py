@@ -556,9 +556,30 @@ class Source:
                 if last or not (self.failed(error) or self.others):
                     raise
             else:
+                if schedule is not None and self.pool.quorum > 1:
+                    schedule = await self._common_schedule(schedule, schedules)
                 self.pool.schedule = schedule
                 return self.pool.genesis, schedule
         raise AssertionError("a pool without endpoints")
+
+    async def _common_schedule(self, leads: Schedule, schedules: Mapping[tuple[int, Hash32], Schedule]) -> Schedule:
+        """The schedule that enough endpoints keep to: by one that is a block beside it, all others would look like liars. Where so many
+        say nothing, the one that we know of, if anybody keeps to it."""
+        said = Counter([leads])
+        others = [node for node in self._nodes if node is not self.lead]
+        for answer in await asyncio.gather(
+            *(
+                discover(node.rpc, self.pool.chain_id, self.pool.genesis, schedules, self.pool.counting(node.name))
+                for node in others
+            ),
+            return_exceptions=True,
+        ):
+            if isinstance(answer, Schedule):
+                said[answer] += 1
+            elif isinstance(answer, BaseException) and not isinstance(answer, ScheduleMismatch | RpcError | Lie):
+                raise answer
+        (most, votes), *_ = said.most_common(1)
+        return most if votes >= self.pool.quorum else next((s for s in said if s in schedules.values()), leads)
 
     async def _common_genesis(self) -> Hash32 | None:
         """At the very first start, when nothing is held yet: the block 0 that enough endpoints show."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import AsyncExitStack
 from typing import Any
 
 import msgspec
 import pytest
 
+from indexer.chain.pool import Node, Pool
 from indexer.chain.proof import header_hash
+from indexer.chain.rpc import Rpc
 from indexer.chain.wire import RawHeader
+from indexer.model.types import Hash32, Schedule
 from indexer.store.database import Database
-from tests.fake_node import FakeChain, hx
+from tests.fake_node import FakeChain, FakeNode, hx
 from tests.following import caught_up, eventually, issued, stored, truth
 from tests.simulation.test_pool import agree, endpoints, loyal, nodes_of, world_of
 from tests.simulation.test_proof import word_of
@@ -298,3 +302,19 @@ async def test_blocks_made_ahead_of_time_lead_nobody_away(database: Database) ->
             ours.mine()
             await caught_up(database, nodes[1])
             assert await stored(database) == truth(ours)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+async def test_a_schedule_that_only_one_keeps_to_is_not_the_chains(count: int) -> None:
+    """The first fast block is read from the chain, a block more or less: by the liar's, all others would be late."""
+    honest, beside = (FakeChain(first_fast_block=first) for first in (20, 21))
+    known = {(honest.chain_id, Hash32(honest.canonical[0].hash)): Schedule(honest.time_s, 20)}
+    for chain in (honest, beside):
+        chain.mine(blocks=40)
+    async with AsyncExitStack() as stack:
+        chains = [beside, honest, honest][:count]
+        nodes = [await stack.enter_async_context(FakeNode(chain=chain)) for chain in chains]
+        rpcs = [await stack.enter_async_context(Rpc(node.url, timeout=5)) for node in nodes]
+        pool = Pool("fake", honest.chain_id, [Node(rpc, place=place) for place, rpc in enumerate(rpcs)], quorum=2)
+        _, schedule = await pool.source().introduce(None, known)
+        assert schedule == pool.schedule == Schedule(honest.time_s, 20)
