@@ -135,8 +135,13 @@ async def two_brands(
 
 
 async def a_minute_later(database: Database) -> None:
-    """Whoever read it first has had the first choice."""
-    await database.pool.execute("UPDATE indexer.partner_transfer SET settled_at = settled_at - interval '1 minute'")
+    """Whoever read it first has had the first choice. What others are writing is left out: nobody is waited for."""
+    await database.pool.execute(
+        """
+        UPDATE indexer.partner_transfer SET settled_at = settled_at - interval '1 minute'
+        WHERE id IN (SELECT id FROM indexer.partner_transfer FOR NO KEY UPDATE SKIP LOCKED)
+        """
+    )
 
 
 async def states(database: Database, operations: list[UUID]) -> list[str]:
