@@ -15,6 +15,7 @@ from contextvars import ContextVar, copy_context
 from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
+Contender = tuple[Coroutine[Any, Any, T], "Usual"]  # a question, and how long its endpoint takes
 
 SAMPLES: Final = 64  # requests that are remembered of each endpoint
 ENOUGH: Final = 8  # … of which so many say what is usual
@@ -98,41 +99,45 @@ def under_way() -> Iterator[None]:
 
 
 async def raced(
-    first: Coroutine[Any, Any, T],
-    usual: Usual,
-    second: Callable[[], Coroutine[Any, Any, T] | None],
-    no_answer: tuple[type[Exception], ...],
-) -> tuple[T, bool]:
-    """The answer of `first`, or of `second` where that comes sooner: (answer, whether it is the second's).
+    first: Contender[T], another: Callable[[], Contender[T] | None], no_answer: tuple[type[Exception], ...]
+) -> tuple[T, int]:
+    """The answer that comes first, and whose it is: 0 for `first`, 1 for the one that was begun next, and so on.
 
-    `second` is begun when a request of `first` is late; None: nobody else may be asked now (looked at again after as long). One of
-    the errors `no_answer` decides nothing while the other may still answer; where both end so, the first's is raised.
+    `another` is begun when a request of the one begun last is late, or it has ended with one of the errors `no_answer`, which decide
+    nothing while somebody else may still answer; where all end so, the first's is raised. None: nobody else may be asked now (looked
+    at again after as long). Without being late, the first is alone.
     """
-    watch = Stopwatch(usual)
-    context = copy_context()
-    context.run(_WATCH.set, watch)
-    leading = asyncio.create_task(first, context=context)
-    late = asyncio.create_task(watch.late.wait())
-    other: asyncio.Task[T] | None = None
+    tasks: list[asyncio.Task[T]] = []
+
+    def begin(question: Coroutine[Any, Any, T], usual: Usual) -> Stopwatch:
+        watch, context = Stopwatch(usual), copy_context()
+        context.run(_WATCH.set, watch)
+        tasks.append(asyncio.create_task(question, context=context))
+        return watch
+
+    watch = begin(*first)
+    due: asyncio.Task[Any] = asyncio.create_task(watch.late.wait())
     try:
-        await asyncio.wait({leading, late}, return_when=asyncio.FIRST_COMPLETED)
-        while not leading.done() and other is None:
-            if (begun := second()) is not None:
-                other = asyncio.create_task(begun)
+        while True:
+            running = {task for task in tasks if not task.done()}
+            await asyncio.wait({*running, due}, return_when=asyncio.FIRST_COMPLETED)
+            for place, task in enumerate(tasks):
+                if task.done() and not isinstance(task.exception(), no_answer):
+                    return task.result(), place
+            alone, ended = len(tasks) == 1, tasks[-1].done()
+            if (ended and alone) or not (ended or due.done()):
+                if all(task.done() for task in tasks):
+                    return tasks[0].result(), 0
+                continue
+            due.cancel()
+            if (found := another()) is not None:
+                watch = begin(*found)
+                due = asyncio.create_task(watch.late.wait())
+            elif all(task.done() for task in tasks):
+                return tasks[0].result(), 0
             else:
-                await asyncio.wait({leading}, timeout=watch.seconds)
-        if other is None:
-            return leading.result(), False
-        await asyncio.wait({leading, other}, return_when=asyncio.FIRST_COMPLETED)
-        if leading.done():
-            if not isinstance(leading.exception(), no_answer):
-                return leading.result(), False
-            await asyncio.wait({other})
-        if not isinstance(other.exception(), no_answer):
-            return other.result(), True
-        return await leading, False
+                due = asyncio.create_task(asyncio.sleep(watch.seconds))
     finally:
-        tasks = [task for task in (leading, late, other) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for each in (*tasks, due):
+            each.cancel()
+        await asyncio.gather(*tasks, due, return_exceptions=True)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, Literal, TypeVar
 
 import structlog
 
-from indexer.chain.hedging import Credit, Usual, raced
+from indexer.chain.hedging import Contender, Credit, Usual, raced
 from indexer.chain.integrity import Count, Lie, Observed, Outcome, proven_logs
 from indexer.chain.limits import Limits
 from indexer.chain.linkage import Unsettled
@@ -448,7 +448,7 @@ class Source:
 
     async def ask(self, question: Callable[[Node], Coroutine[Any, Any, T]], *, hedged: bool = True) -> T:
         """The lead's answer. Where that takes longer than it usually does, the next endpoint is asked as well, once it is known to be our
-        chain: whoever answers first leads from then on, and its answer is taken whole.
+        chain, and then the one after it: whoever answers first leads from then on, and its answer is taken whole.
 
         Raises what the lead's question raised, where no other had an answer.
         """
@@ -456,28 +456,29 @@ class Source:
         if not (hedged and self._hedges):
             return await question(lead)
         self._credit.earn()
-        asked: list[Node] = []
+        asked = [lead]
 
         async def instead(node: Node) -> T:
             await self.pool.identify(node)
             return await question(node)
 
-        def second() -> Coroutine[Any, Any, T] | None:
-            node = self._stand_in(lead)
-            if node is None:
+        def another() -> Contender[T] | None:
+            if (node := self._stand_in(asked)) is None:
                 return None
             asked.append(node)
-            return instead(node)
+            return instead(node), node.usual
 
         outcome = "unanswered"
         try:
-            answer, overtaken = await raced(question(lead), lead.usual, second, NO_ANSWER)
-            outcome = "overtaken" if overtaken else "in_time"
+            answer, place = await raced((question(lead), lead.usual), another, NO_ANSWER)
+            outcome = "overtaken" if place else "in_time"
         finally:
-            if asked and self.pool._metrics is not None:
+            if len(asked) > 1 and self.pool._metrics is not None:
                 self.pool._metrics.hedged.labels(self.pool.chain, lead.name, outcome).inc()
-        if overtaken:
-            self._overtaken(lead, asked[0])
+        if place and self.lead is lead:  # where it is not, another question has seen to that
+            for slow in asked[:place]:
+                self._slowed(slow)
+            self._take_over(asked[place], f"it answered sooner than {lead.name}, which takes longer than usual")
         return answer
 
     async def ask_on(self, question: Callable[[Node], Coroutine[Any, Any, T]]) -> T:
@@ -488,24 +489,21 @@ class Source:
             raise Overtaken(f"{self.lead.name} answered sooner than {lead.name}")
         return answer
 
-    def _stand_in(self, lead: Node) -> Node | None:
-        if self.lead is not lead:  # another question has found one already
+    def _stand_in(self, asked: Collection[Node]) -> Node | None:
+        if self.lead not in asked:  # another question has found it
             return self.lead
         now = asyncio.get_running_loop().time()
         for node in self.pool.fit(self._nodes):
-            if node is not lead and self._rest_of(node) <= now and not self._is_slow(node):
+            if node not in asked and self._rest_of(node) <= now and not self._is_slow(node):
                 return node if self._credit.spend() else None
         return None
 
-    def _overtaken(self, slow: Node, by: Node) -> None:
-        if self.lead is not slow:  # it has paid for that already
-            return
+    def _slowed(self, node: Node) -> None:
         now = asyncio.get_running_loop().time()
-        before = self._slow.get(slow)
+        before = self._slow.get(node)
         times = 1 if before is None or now - before.at > FORGIVEN else before.times + 1
-        self._slow[slow] = Slowness(now, times, now + SLOW[min(times, len(SLOW)) - 1])
-        slow.identified = False
-        self._take_over(by, f"it answered sooner than {slow.name}, which takes longer than usual")
+        self._slow[node] = Slowness(now, times, now + SLOW[min(times, len(SLOW)) - 1])
+        node.identified = False
 
     def _is_slow(self, node: Node) -> bool:
         """Until its time is over, and a look at it that was begun since then has succeeded."""

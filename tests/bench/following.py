@@ -1,7 +1,8 @@
 """What following costs in calls, and whether it stays with a chain of five blocks a second: the daemon as a process, nodes in memory.
 
 A while nothing happens, then every fifth block holds an event that settles an operation at `safe`. What the events cost beyond the
-quiet blocks is the price of reading, proving and witnessing them. With three endpoints, one of which lies at random, too.
+quiet blocks is the price of reading, proving and witnessing them. With three endpoints, too, one of which lies at random, or the first of
+which hangs.
 """
 
 from __future__ import annotations
@@ -35,24 +36,27 @@ EVERY = 5  # blocks from one event to the next
 SAFE, FINALIZED = 15, 50  # blocks behind the head; both move once a second
 QUIET_SECONDS, BUSY_SECONDS = 20.0, 30.0
 LIE_SECONDS = 0.2  # from one lie of the liar to the next
-RUNS = ((1, False), (3, False), (3, True))  # endpoints, and whether the last one lies
+#: Endpoints, and what is wrong: the last one lies, or the one that leads accepts every request and answers none, from the first event on.
+RUNS = ((1, ""), (3, ""), (3, "one lies"), (3, "the leader hangs"))
 
 
 async def run(scale: float) -> dict[str, Any]:
     results = []
     for socket in (True, False):
-        for endpoints, liar in RUNS:
-            results.append(await _run(socket, endpoints, liar, max(0.2, scale)))
+        for endpoints, trouble in RUNS:
+            results.append(await _run(socket, endpoints, trouble, max(0.2, scale)))
     return {"runs": results}
 
 
-async def _run(socket: bool, endpoints: int, liar: bool, scale: float) -> dict[str, Any]:
+async def _run(socket: bool, endpoints: int, trouble: str, scale: float) -> dict[str, Any]:
     async with _World.running(socket, endpoints) as world:
-        lies = asyncio.create_task(_lie(world.nodes[-1])) if liar else None
+        lies = asyncio.create_task(_lie(world.nodes[-1])) if trouble == "one lies" else None
         try:
             quiet = await world.count(QUIET_SECONDS * scale)
             first = world.nonce
             world.busy = True
+            if trouble == "the leader hangs":
+                world.nodes[0].hang("*", times=None)
             busy = await world.count(BUSY_SECONDS * scale)
             world.busy = False
             events = world.nonce - first
@@ -66,7 +70,7 @@ async def _run(socket: bool, endpoints: int, liar: bool, scale: float) -> dict[s
         return {
             "mode": "socket" if socket else "polling",
             "endpoints": endpoints,
-            "liar": liar,
+            "trouble": trouble,
             "blocks": quiet.blocks + busy.blocks,
             "events": events,
             "ready": await world.ready(),
@@ -286,5 +290,7 @@ def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows of text for people: a column for each run."""
     runs = result["runs"]
     titles = [f"{r['mode']}, {r['endpoints']} endpoint{'s' * (r['endpoints'] > 1)}" for r in runs]
-    rows = [("", *(f"{title}{', one lies' if r['liar'] else ''}" for title, r in zip(titles, runs, strict=True)))]
+    rows = [
+        ("", *(f"{title}{', ' + r['trouble'] if r['trouble'] else ''}" for title, r in zip(titles, runs, strict=True)))
+    ]
     return rows + [(title, *(f"{run[key]:,}" for run in runs)) for title, key in ROWS]

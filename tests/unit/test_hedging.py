@@ -105,6 +105,18 @@ async def test_one_that_hangs_is_overtaken_after_what_is_long_for_it() -> None:
 
 
 @virtually
+async def test_where_the_second_hangs_too_the_third_is_asked() -> None:
+    """And where the second refuses, the third is asked at once."""
+    world = World(3600.0, 3600.0, 0.1)
+    assert await taken(world.ask()) == pytest.approx(1.0 + 1.0 + 0.1)
+    assert world.source.lead is world.nodes[2] and world.cancelled == [1, 1, 0] and world.hedged("overtaken") == 1
+    world = World(3600.0, 0.1, 0.1)
+    world.seconds[1] = Unreachable("no", endpoint="", method="", params="")
+    assert await taken(world.ask()) == pytest.approx(1.0 + 0.1 + 0.1)
+    assert world.source.lead is world.nodes[2]
+
+
+@virtually
 async def test_one_that_is_always_slow_is_only_asked_alone() -> None:
     """Far away is no trouble: what is long is measured by itself."""
     world = World(0.6, 0.1)
