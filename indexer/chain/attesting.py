@@ -147,8 +147,9 @@ class _Attester:
         seen = list(found.witnesses)
         if quorum == 1:
             return seen
-        # the best first, as many as are missing; then the rest, if some of those do not hold it
+        # the best first, as many as are missing; then the rest, if some of those do not hold it. Who fails or is slow comes last
         left = [node for node in (self._source.lead, *self._source.others) if node.name not in seen]
+        left.sort(key=lambda node: not self._pool.live(node) or self._pool.slow(node))
         while len(seen) < quorum and left:
             asked, left = left[: quorum - len(seen)], left[quorum - len(seen) :]
             await self._budget.spend(len(asked))

@@ -75,6 +75,15 @@ class Seen:
         return self.ours is not None and self.shows is not None and self.shows != self.ours.hash
 
 
+@dataclass(slots=True)
+class Slowness:
+    """When an endpoint was too slow last, how often since it was forgiven, and until when it is not preferred."""
+
+    at: float
+    times: int
+    until: float
+
+
 @dataclass(slots=True, eq=False)
 class Node:
     """One endpoint of the pool, and what is known of it. Times are the event loop's."""
@@ -89,6 +98,7 @@ class Node:
     seen: Seen | None = None
     looked_at: float = 0.0  # when the look was begun that brought it
     usual: Usual = field(default_factory=Usual)  # at the head
+    slowness: Slowness | None = None
     trouble: str | None = None  # why the last look failed
     strikes: int = 0  # looks in a row at which it stood apart
     put_aside: tuple[Why, str, float] | None = None  # why, in words, until when
@@ -238,6 +248,20 @@ class Pool:
         """Seconds of chain that it is behind the newest of those on our chain, as the last looks at them showed."""
         return max(0, max((n.time_s for n in self._on_time()), default=0) - node.time_s)
 
+    def slow(self, node: Node) -> bool:
+        """Whether it was overtaken, until its time is over and a look at it that was begun since then has succeeded."""
+        slow = node.slowness
+        return slow is not None and (asyncio.get_running_loop().time() < slow.until or node.looked_at <= slow.at)
+
+    def overtaken(self, node: Node) -> None:
+        """Another answered sooner than it. What several loops notice meanwhile counts once."""
+        if self.slow(node):
+            return
+        now, before = asyncio.get_running_loop().time(), node.slowness
+        times = 1 if before is None or now - before.at > FORGIVEN else before.times + 1
+        node.slowness = Slowness(now, times, now + SLOW[min(times, len(SLOW)) - 1])
+        node.identified = False
+
     def standing(self, node: Node) -> tuple[str, str | None]:
         """For status: 'live', 'lagging', 'stuck', 'apart', 'failing', 'quarantined' or 'unknown', and why."""
         if node.put_aside is not None and not self.usable(node):
@@ -255,6 +279,8 @@ class Pool:
                 "lagging",
                 f"{behind} s of chain behind the newest endpoint: it does not lead, and holds no more than it shows",
             )
+        if self.slow(node) and node.slowness is not None:
+            return "live", f"slow to answer: others were sooner {node.slowness.times} times of late"
         return "live", None
 
     def told(self, node: Node, now: datetime) -> dict[str, Any]:
@@ -320,15 +346,6 @@ class Overtaken(Unsettled):
     """Another endpoint answered sooner, in the middle of a step, and leads now: the step is begun again there."""
 
 
-@dataclass(slots=True)
-class Slowness:
-    """When an endpoint was too slow last, how often since it was forgiven, and until when it is not preferred."""
-
-    at: float
-    times: int
-    until: float
-
-
 class Source:
     """Whom one loop asks: `rpc`, until that one fails. With one endpoint it is always the same. `hedges`: whether `ask` turns to
     another as well where the lead is slow; not where much is read, which would be read twice."""
@@ -337,7 +354,6 @@ class Source:
         self.pool, self._nodes = pool, list(nodes)
         self.lead = self._nodes[0]
         self._hedges, self._credit = hedges and len(self._nodes) > 1, Credit()
-        self._slow: dict[Node, Slowness] = {}
         self._rests: dict[Node, tuple[float, int]] = {}  # until when, and how often it failed in a row
         self._suspect: tuple[Node, Lie] | None = None
         self.count: Count = (
@@ -381,7 +397,7 @@ class Source:
         self._rests[lead] = (now + rest, times)
         fresh = [node for node in self.others if self._rest_of(node) <= now]
         if fresh:
-            quick = [node for node in fresh if not self._is_slow(node)] or fresh
+            quick = [node for node in fresh if not self.pool.slow(node)] or fresh
             self._take_over((self.pool.fit(quick) or quick)[0], str(trouble))
             return True
         if self.others:
@@ -409,7 +425,7 @@ class Source:
         now = asyncio.get_running_loop().time()
         fit = self.pool.fit(self._nodes)
         newest = max((node.time_s for node in fit), default=0)
-        fit = [node for node in fit if node is self.lead or not self._is_slow(node)] or fit
+        fit = [node for node in fit if node is self.lead or not self.pool.slow(node)] or fit
         if fit and self.lead.seen is not None and newest - self.lead.time_s > LAG:
             self._take_over(fit[0], f"the one before is {newest - self.lead.time_s} s behind")
         elif better := [node for node in fit if self._rest_of(node) <= now and self._before(node)]:
@@ -477,7 +493,7 @@ class Source:
                 self.pool._metrics.hedged.labels(self.pool.chain, lead.name, outcome).inc()
         if place and self.lead is lead:  # where it is not, another question has seen to that
             for slow in asked[:place]:
-                self._slowed(slow)
+                self.pool.overtaken(slow)
             self._take_over(asked[place], f"it answered sooner than {lead.name}, which takes longer than usual")
         return answer
 
@@ -494,21 +510,9 @@ class Source:
             return self.lead
         now = asyncio.get_running_loop().time()
         for node in self.pool.fit(self._nodes):
-            if node not in asked and self._rest_of(node) <= now and not self._is_slow(node):
+            if node not in asked and self._rest_of(node) <= now and not self.pool.slow(node):
                 return node if self._credit.spend() else None
         return None
-
-    def _slowed(self, node: Node) -> None:
-        now = asyncio.get_running_loop().time()
-        before = self._slow.get(node)
-        times = 1 if before is None or now - before.at > FORGIVEN else before.times + 1
-        self._slow[node] = Slowness(now, times, now + SLOW[min(times, len(SLOW)) - 1])
-        node.identified = False
-
-    def _is_slow(self, node: Node) -> bool:
-        """Until its time is over, and a look at it that was begun since then has succeeded."""
-        slow = self._slow.get(node)
-        return slow is not None and (asyncio.get_running_loop().time() < slow.until or node.looked_at <= slow.at)
 
     # --------------------------------------------------------------------- who the chain is
 

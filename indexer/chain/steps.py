@@ -222,7 +222,7 @@ class Gatherer:
         if answers[-1].ref != cursor or answers[-2].ref != end.ref:
             raise Unsettled(f"the chain moved while blocks {cursor.number + 1} to {end.number} were read")
         headers.update({header.number: header for header in answers[:-2]})
-        self.source.pool.keep(answers[:-2])
+        self.source.pool.keep([*answers[:-2], end])
         fitting, misfits = [], set()
         for raw in raws:
             header = headers[quantity(raw.block_number or "")]
