@@ -21,7 +21,7 @@ import structlog
 from indexer import maintenance, supervision
 from indexer.api.app import create_app
 from indexer.api.app import serve as serve_http
-from indexer.chain.position import configured_emitters
+from indexer.chain.emitters import configured_emitters
 from indexer.chain.runtime import ChainRuntime, Progress
 from indexer.config import Chain, Config, ConfigProblems, Problem, contradictions
 from indexer.observation import SettlementObserver

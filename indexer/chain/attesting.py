@@ -16,11 +16,11 @@ from typing import Final, Literal
 import structlog
 
 from indexer.chain import witnesses
+from indexer.chain.emitters import load_speakers
 from indexer.chain.integrity import Lie, proven_logs, verify_header
 from indexer.chain.linkage import Unsettled
 from indexer.chain.logs import timed
 from indexer.chain.pool import Node
-from indexer.chain.position import load_speakers
 from indexer.chain.reading import Task
 from indexer.chain.rpc_errors import MethodMissing, RpcError
 from indexer.chain.schedule import WrongChain

@@ -16,7 +16,7 @@ import structlog
 
 from indexer.chain.coverage import Plan, Stride, Window
 from indexer.chain.decode import Decoded, Speakers, Token
-from indexer.chain.position import load_speakers
+from indexer.chain.emitters import load_speakers
 from indexer.chain.reading import SLICE, Ranges, Task
 from indexer.chain.wire import Log
 from indexer.model.types import Header

@@ -6,28 +6,27 @@ first blocks of the new one and is committed with them, so that readers never se
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-import asyncpg
 import structlog
 
 from indexer.chain import witnesses
-from indexer.chain.decode import Decoded, Decoder, Speakers
+from indexer.chain.accord import Accord
+from indexer.chain.decode import Decoded, Decoder
+from indexer.chain.emitters import configured_emitters, load_speakers
 from indexer.chain.integrity import verify_header
 from indexer.chain.linkage import FinalityViolation, Held, Reorganised, Unsettled, ancestor_below
 from indexer.chain.logs import headers_of
-from indexer.chain.pool import LAG, Node, Source
+from indexer.chain.pool import Source
 from indexer.chain.rpc import Rpc
 from indexer.chain.schedule import BASE
 from indexer.chain.steps import Gatherer, Step
 from indexer.config import Chain
 from indexer.model.types import Address, BlockRef, Hash32, Header, Schedule, hash32, hex0x
 from indexer.store import chains, facts
-from indexer.store.chains import Emitter
 from indexer.store.coverage import Covered
 from indexer.store.leases import Lease
 from indexer.store.wakeups import Wakeups
@@ -38,31 +37,7 @@ log = structlog.get_logger(__name__)
 Mode = Literal["socket", "polling"]
 JUMP = 5_000  # blocks below finalized that following still catches up itself; more are history's to fill
 ANCHOR = 1_000  # blocks below the head to begin at, where a node knows no finalized block
-FIRST_LOOK = 5.0  # seconds in which several endpoints shall agree on where to begin
 RECENT = 2_048  # held headers that are remembered without asking the store
-
-
-def configured_emitters(chain: Chain) -> list[Emitter]:
-    """Factories and hubs as the configuration names them: one for each factory that an address may speak for."""
-    emitters = [Emitter(f.address, "factory", f.address, f.start_block) for f in chain.factories]
-    for factory in chain.factories:
-        if factory.event_hub is not None and factory.event_hub != factory.address:
-            emitters.append(Emitter(factory.event_hub, "hub", factory.address, factory.start_block))
-    return emitters
-
-
-async def load_speakers(conn: asyncpg.Connection, chain_id: int, upto: int | None = None) -> Speakers:
-    """Who may speak, as the store has it, and not the configuration of this process: a replica that was started with another
-    one must not drop what is then counted as read. `upto`: programmes announced up to that block alone.
-    """
-    configured = await chains.load_speakers(conn, chain_id)
-    programmes = await chains.load_programmes(conn, chain_id, upto)
-    return Speakers(
-        chain_id,
-        [address for address, factories in configured.items() if address in factories],
-        {address: others for address, factories in configured.items() if (others := factories - {address})},
-        {p.token: (p.factory, p.issuer, p.loyalty_id) for p in programmes},
-    )
 
 
 def _ref(latched: Mapping[str, Any]) -> BlockRef:
@@ -95,9 +70,7 @@ class Position:
         self._mode: Mode | None = None
         self._pruned_to = 0
         self._sampled: BlockRef | None = None
-        self._stood: BlockRef | None = None  # the cursor at the last look at the endpoints
-        self._disagreed = 0  # looks in a row at which too few endpoints agreed
-        self._agreed: bool | None = None  # whether enough endpoints agree; None: not said yet
+        self._accord = Accord(chain.name, chain.chain_id, source, lease, metrics)
 
     @property
     def _rpc(self) -> Rpc:
@@ -151,7 +124,7 @@ class Position:
 
     async def _begin(self) -> None:
         """The first cursor: the finalized block, so that nothing below it is ever undone by following."""
-        agreed = await self._first_agreed()
+        agreed = await self._accord.first()
         raw = None if agreed is not None else await self._rpc.header("finalized")
         if agreed is not None:
             anchor = agreed
@@ -165,24 +138,6 @@ class Position:
             anchor = verify_header(raw, self.schedule, count=self._count)
         await self._move(anchor)
         log.info("following from here on", chain=self.chain.name, block=anchor.number)
-
-    async def _first_agreed(self) -> Header | None:
-        """With several endpoints: the finalized block that enough of them hold, as soon as they were looked at."""
-        pool = self._source.pool
-        if not pool.several:
-            return None
-        loop = asyncio.get_running_loop()
-        until = loop.time() + FIRST_LOOK
-        while loop.time() < until:
-            if (found := await witnesses.agreed(pool, "finalized")) is not None:
-                return found
-            await asyncio.sleep(0.05)
-        log.warning(
-            "the endpoints agree on no finalized block: following begins on the word of one, and signals wait",
-            chain=self.chain.name,
-            endpoint=self._rpc.name,
-        )
-        return None
 
     async def _move(self, to: Header) -> None:
         """The cursor to a finalized block, without claiming what lies between: that is history's to fill."""
@@ -252,7 +207,7 @@ class Position:
                 covered=step.covered,
                 mode=mode,
                 orphan_above=self._orphan_above,
-                agreed=self._source.pool.quorum == 1 or bool(self._agreed),
+                agreed=self._accord.stands,
                 proven=step.proven,
                 read_from=step.read_from,
             )
@@ -357,7 +312,7 @@ class Position:
 
         Raises Reorganised, FinalityViolation, Lie, RpcError.
         """
-        await self._tell_agreement()
+        await self._accord.tell(self.cursor, self.cursor_time_s)
         safe, finalized = await self._tag("safe"), await self._tag("finalized")
         if finalized is not None and finalized.number > self.cursor.number + JUMP:
             await self._jump(finalized)
@@ -407,47 +362,6 @@ class Position:
         self._unfollowed = []
         if done.events:
             self._wakeups.poke("facts")
-
-    async def _tell_agreement(self) -> None:
-        """What the endpoints' latest looks say together, into the store; the best of them leads."""
-        pool = self._source.pool
-        if not pool.several:
-            return
-        found = witnesses.agreement(pool)
-        self._leave_who_stands_still(found.holders)
-        self._source.reconsider()
-        if found.height is None and len(found.apart) >= pool.quorum:
-            self._source.prefer(found.apart, "most are on another branch")
-        now = datetime.now(UTC)
-        told = [pool.told(node, now) | {"leads": node is self._source.lead} for node in pool.nodes]
-        # one look in the middle of a reorganisation is no lasting disagreement
-        self._disagreed = 0 if found.height is not None else self._disagreed + 1
-        async with self._lease.transaction() as conn:
-            await chains.set_agreement(conn, self.chain.chain_id, found.height, told, lost=self._disagreed > 1)
-        agrees = found.height is not None
-        if self._agreed is not agrees and (agrees or self._disagreed > 1):
-            self._agreed = agrees
-            names = [node.name for node in found.holders]
-            if self._agreed:
-                log.info("endpoints agree", chain=self.chain.name, block=found.height, endpoints=names)
-            else:
-                log.warning(
-                    "too few endpoints agree: facts go on, signals wait",
-                    chain=self.chain.name,
-                    needed=pool.quorum,
-                    agree=names,
-                    endpoints={each["name"]: each["reason"] or each["state"] for each in told},
-                )
-        if self._metrics is not None:
-            self._metrics.witnesses.labels(self.chain.name).set(len(found.holders))
-
-    def _leave_who_stands_still(self, holders: list[Node]) -> None:
-        """A lead that shows new blocks when it is looked at, and none of them when it is followed: a cache in between, or a liar."""
-        stood, self._stood = self._stood, self.cursor
-        times = sorted((node.time_s for node in holders), reverse=True)[self._source.pool.quorum - 1 :]
-        if stood == self.cursor and self.cursor_time_s is not None and times and times[0] - self.cursor_time_s > LAG:
-            behind = f"{times[0] - self.cursor_time_s} s behind"
-            self._source.failed(Unsettled(f"{self._rpc.name} led no further than block {stood.number}, {behind}"))
 
     async def _tag(self, tag: Literal["safe", "finalized"]) -> Header | None:
         if self._source.pool.several:

@@ -16,9 +16,9 @@ import structlog
 from indexer.chain.comparison import Comparison, Findings, WasRead
 from indexer.chain.coverage import Stride, read_before
 from indexer.chain.decode import Speakers
+from indexer.chain.emitters import load_speakers
 from indexer.chain.integrity import Lie
 from indexer.chain.linkage import Unsettled
-from indexer.chain.position import load_speakers
 from indexer.chain.reading import Ranges, Task, second_readers
 from indexer.chain.rpc_errors import RpcError
 from indexer.chain.wire import Log

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from indexer.chain.position import configured_emitters, load_speakers
+from indexer.chain.emitters import configured_emitters, load_speakers
 from indexer.config import Chain
 from indexer.store import chains, coverage
 from indexer.store.coverage import HEAD_LANE, Covered, Span
