@@ -390,11 +390,7 @@ class Source:
         lead.identified = False
         if isinstance(trouble, Lie):
             self._accuse(lead, trouble)
-        times = self._rests.get(lead, (0.0, 0))[1] + 1
-        rest = REST[min(times, len(REST)) - 1]
-        if isinstance(trouble, PrunedHistory | MethodMissing):
-            rest = UNFIT
-        self._rests[lead] = (now + rest, times)
+        self._tire(lead, UNFIT if isinstance(trouble, PrunedHistory | MethodMissing) else None)
         fresh = [node for node in self.others if self._rest_of(node) <= now]
         if fresh:
             quick = [node for node in fresh if not self.pool.slow(node)] or fresh
@@ -413,12 +409,19 @@ class Source:
             self._suspect = None
 
     def prefer(self, nodes: Iterable[Node], reason: str) -> bool:
-        """The best of these takes over, if the lead is none of them."""
+        """The best of these takes over, if the lead is none of them: it is outvoted, and rests. Back at a common ancestor nothing tells it
+        from the others, and it would lead to its own branch again."""
         fit = [node for node in self._nodes if node in set(nodes) and self.pool.usable(node)]
         if not fit or self.lead in fit:
             return False
+        self._tire(self.lead)
         self._take_over(fit[0], reason)
         return True
+
+    def _tire(self, node: Node, seconds: float | None = None) -> None:
+        times = self._rests.get(node, (0.0, 0))[1] + 1
+        rest = REST[min(times, len(REST)) - 1] if seconds is None else seconds
+        self._rests[node] = (asyncio.get_running_loop().time() + rest, times)
 
     def reconsider(self) -> None:
         """Away from a leader that lags; back to a better endpoint that has rested: a fallback is for the time of need."""

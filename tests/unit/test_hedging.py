@@ -226,6 +226,19 @@ async def test_many_questions_at_once_count_as_one_slowness() -> None:
 
 
 @virtually
+async def test_who_is_outvoted_is_not_back_at_once() -> None:
+    """Rewound to the last block that all of them hold, nothing tells it from the others: it would lead to its own branch again."""
+    world = World(0.1, 0.1, 0.1)
+    assert world.source.prefer(world.nodes[1:], "most show another block")
+    world.source.reconsider()
+    assert world.source.lead is world.nodes[1]
+    await asyncio.sleep(1.1)
+    world.look()
+    world.source.reconsider()
+    assert world.source.lead is world.nodes[0]
+
+
+@virtually
 async def test_who_may_not_lead_is_not_asked_instead() -> None:
     """In quarantine, apart, or behind: then the lead is waited for, as with one endpoint."""
     world = World(8.0, 0.1)
