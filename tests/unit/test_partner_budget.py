@@ -149,7 +149,7 @@ def test_what_is_allowed_is_used_but_for_the_time_of_the_answers(rate: float, la
 
     async def main() -> None:
         client = client_of(afar, Credential(rate, CLOCK, random.Random(1)))
-        await asyncio.gather(*(ask_on(client, 1e6, 30) for _ in range(count // 30)))
+        await asyncio.gather(*(ask_on(client, 1e6, 15) for _ in range(count // 15)))
 
     virtually(main())
     cycle_seconds = max(1.0, 1 / rate) + latency
