@@ -236,6 +236,11 @@ class Comparison:
     def _decoded(self, header: Header, raws: list[RawLog], asked: Collection[bytes]) -> Decoded:
         held = {header.number: header}
         logs = checked(
-            timed(raws, self._ranges.schedule, held), header.number, header.number, asked, held, self._task.count
+            timed(raws, self._ranges.schedule, held, self._task.count),
+            header.number,
+            header.number,
+            asked,
+            held,
+            self._task.count,
         )
         return self._task.decoder.decode(logs, self.speakers)

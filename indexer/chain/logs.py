@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from indexer.chain.integrity import Count, Lie, verify_header, verify_logs
+from indexer.chain.integrity import Count, Lie, Outcome, verify_header, verify_logs
 from indexer.chain.linkage import Unsettled
 from indexer.chain.rpc import Rpc
 from indexer.chain.wire import BadLog, Log, RawLog, parse_log, quantity
 from indexer.model.types import Header, Schedule
 
 
-def timed(raws: Sequence[RawLog], schedule: Schedule | None, headers: Mapping[int, Header]) -> list[Log]:
+def timed(
+    raws: Sequence[RawLog], schedule: Schedule | None, headers: Mapping[int, Header], count: Count | None = None
+) -> list[Log]:
     """Parses logs; their time from the schedule, else a header of the block, else the log's own seconds.
 
     Raises Lie for a malformed log; KeyError for a block that has no time (see `untimed`).
@@ -30,10 +32,17 @@ def timed(raws: Sequence[RawLog], schedule: Schedule | None, headers: Mapping[in
                 time_ms = _time_ms(quantity(at), raw, schedule, headers)
             logs.append(parse_log(raw, time_ms))
     except BadLog as error:
-        raise Lie("logs_parse", str(error)) from None
+        raise malformed(str(error), count) from None
     except ValueError as error:
-        raise Lie("logs_parse", f"block number or time: {error}") from None
+        raise malformed(f"block number or time: {error}", count) from None
     return logs
+
+
+def malformed(what: str, count: Count | None) -> Lie:
+    """The lie of a log that cannot be read at all, counted as the checks count theirs."""
+    if count is not None:
+        count("logs_parse", Outcome.FAIL)
+    return Lie("logs_parse", what)
 
 
 def _time_ms(number: int, raw: RawLog, schedule: Schedule | None, headers: Mapping[int, Header]) -> int:

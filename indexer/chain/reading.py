@@ -104,7 +104,7 @@ class Ranges:
         )
         logs: list[Log] = []
         for start in range(0, len(raws), SLICE):
-            logs += timed(raws[start : start + SLICE], self.schedule, headers)
+            logs += timed(raws[start : start + SLICE], self.schedule, headers, self._count)
             await asyncio.sleep(0)
         return checked(logs, low, high, asked, headers, self._count), headers
 

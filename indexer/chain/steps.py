@@ -16,7 +16,7 @@ from typing import Literal
 from indexer.chain.decode import Decoded, Decoder, Speakers
 from indexer.chain.integrity import Lie, Outcome
 from indexer.chain.linkage import Unsettled
-from indexer.chain.logs import checked, headers_of, timed
+from indexer.chain.logs import checked, headers_of, malformed, timed
 from indexer.chain.pool import Node, Source
 from indexer.chain.proof import bloom_bits
 from indexer.chain.rpc import Rpc
@@ -141,7 +141,8 @@ class Gatherer:
                 lie, reason = wrong, str(wrong)
             else:
                 if found is not None:
-                    return timed(found[0], self.schedule, {header.number: header}), found[1]
+                    counted = self.source.pool.counting(node.name)
+                    return timed(found[0], self.schedule, {header.number: header}, counted), found[1]
                 lie, reason = None, "the node does not hold it yet"
             if pause is not None:
                 await asyncio.sleep(pause)
@@ -172,7 +173,7 @@ class Gatherer:
         raws = await node.rpc.logs_of(header.hash, sorted(wanted))
         held = {header.number: header}
         counted = self.source.pool.counting(node.name)
-        checked(timed(raws, self.schedule, held), header.number, header.number, wanted, held, counted)
+        checked(timed(raws, self.schedule, held, counted), header.number, header.number, wanted, held, counted)
         return raws
 
     # --------------------------------------------------------------------- ranges
@@ -213,7 +214,7 @@ class Gatherer:
         try:
             numbers = sorted({quantity(raw.block_number or "") for raw in raws} - headers.keys())
         except ValueError as error:
-            raise Lie("logs_parse", f"block number: {error}") from None
+            raise malformed(f"block number: {error}", self._count) from None
         if outside := [number for number in numbers if not cursor.number < number <= end.number]:
             self._count("logs_range", Outcome.FAIL)
             raise Lie("logs_range", f"a log of block {outside[0]} is outside {cursor.number + 1}…{end.number}")
@@ -237,7 +238,7 @@ class Gatherer:
             except UnknownBlock:
                 raise Unsettled(f"{self.rpc.name} does not know block {header.number} by its hash") from None
             fitting = [raw for raw in fitting if quantity(raw.block_number or "") != header.number] + again
-        logs = timed(fitting, self.schedule, headers)
+        logs = timed(fitting, self.schedule, headers, self._count)
         return checked(logs, cursor.number + 1, end.number, wanted, headers, self._count)
 
     async def _headers(self, node: Node, numbers: Sequence[int]) -> list[Header]:

@@ -117,6 +117,22 @@ async def test_a_chain_that_gets_shorter(database: Database, socket: bool) -> No
             assert await stored(database) == truth(node.chain)
 
 
+async def test_a_log_that_cannot_be_read_is_a_lie_and_is_counted(database: Database) -> None:
+    async with FakeNode() as node:
+        node.mine([created(1)], 2)
+        checks: list[tuple[str, str]] = []
+        async with following(database, node, chain_config(node, socket=False), checks=checks):
+            await caught_up(database, node)
+            lie = node.lie(
+                "eth_getLogs", lambda _, logs: [log | {"data": log["data"][:-1]} for log in logs], times=None
+            )
+            node.mine([issued(1)])
+            await eventually(lambda: asyncio.sleep(0, ("logs_parse", "fail") in checks))
+            lie.times = 0
+            await caught_up(database, node)
+            assert await stored(database) == truth(node.chain)
+
+
 @MODES
 async def test_a_reorganisation_while_nobody_looks(database: Database, socket: bool) -> None:
     """F10: it is found at the next start, and followed as if it had been seen."""

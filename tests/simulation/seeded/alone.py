@@ -19,6 +19,7 @@ from tests.simulation.seeded.partners import Partners
 from tests.simulation.seeded.story import Tx
 from tests.simulation.seeded.world import World
 
+RARE = 0.1  # of records that are gone for ever: where all are gone, an empty list is not believed
 TIMES = 6  # that it is struck
 BY_STATEMENT = frozenset(
     {
@@ -83,7 +84,8 @@ class Alone(World):
             elif self.partners is not None:
                 weather = name.partition(" ")[2]
                 for partner in self.partners.both:
-                    self.partners.begin(partner, weather)
+                    self.strike(name)
+                    partner.weather.begin(weather, chance=RARE if weather == "deleted" else 0.4)
                 await asyncio.sleep(6.0)
                 for partner in self.partners.both:
                     partner.weather.end()
