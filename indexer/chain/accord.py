@@ -32,7 +32,7 @@ class Accord:
         self._source, self._lease, self._metrics = source, lease, metrics
         self._disagreed = 0  # looks in a row at which too few agreed
         self._agreed: bool | None = None  # None: not said yet
-        self._stood: BlockRef | None = None  # the cursor when it was told last
+        self._stood: tuple[BlockRef, Node] | None = None  # the cursor when it was told last, and who led from then on
 
     @property
     def stands(self) -> bool:
@@ -91,10 +91,11 @@ class Accord:
 
     def _leave_who_stands_still(self, holders: list[Node], cursor: BlockRef, cursor_time_s: int | None) -> None:
         """A lead that shows new blocks when it is looked at, and none of them when it is followed: a cache in between, or a liar."""
-        stood, self._stood = self._stood, cursor
         times = sorted((node.time_s for node in holders), reverse=True)[self._source.pool.quorum - 1 :]
-        if stood == cursor and cursor_time_s is not None and times and times[0] - cursor_time_s > LAG:
+        stands = self._stood == (cursor, self._source.lead)  # whoever took over meanwhile has not had its turn
+        if stands and cursor_time_s is not None and times and times[0] - cursor_time_s > LAG:
             behind = f"{times[0] - cursor_time_s} s behind"
             self._source.failed(
-                Unsettled(f"{self._source.rpc.name} led no further than block {stood.number}, {behind}")
+                Unsettled(f"{self._source.rpc.name} led no further than block {cursor.number}, {behind}")
             )
+        self._stood = cursor, self._source.lead

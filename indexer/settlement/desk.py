@@ -115,7 +115,8 @@ class Desk:
                 alarms += self.standing.alarms(policy, evidence)
             return LegFacts(evidence=True, settled=settled, decided=claim.basis == "decision")
         contested = self.matching.conflicts.get(leg.key)
-        conflict = contested is not None and self._counts(contested.evidence)
+        # what is not proven may be one endpoint's invention: a person is told of it when it is
+        conflict = contested is not None and self._counts(contested.evidence, Level.SAFE)
         # for a person's decision, or by a neighbour that must let go of it first
         held = leg.key in self.matching.held or leg.key in self.matching.claims
         if conflict or held or operation.cancelled or leg.released:
@@ -130,11 +131,11 @@ class Desk:
             return LegFacts(contested=True, submitted=submitted)
         return LegFacts(dead=await self._expired(operation, leg, alarms), submitted=submitted)
 
-    def _counts(self, evidence: AnyEvidence) -> bool:
-        """Whether enough endpoints hold the evidence's block; what is not known of it yet is asked."""
+    def _counts(self, evidence: AnyEvidence, level: Level = Level.INCLUDED) -> bool:
+        """Whether as much speaks for the evidence's block as must at this rung; what is not known of it yet is asked."""
         if (block := self.standing.to_ask(evidence)) is not None:
             self.changes.asked.add(block)
-        return self.standing.doubt(evidence) is None
+        return self.standing.doubt(evidence, level) is None
 
     def _stands(self, operation: Operation, evidence: AnyEvidence) -> bool:
         """Whether a promise that nothing has taken back rests on this very log, or on this record as it is. Rules decide when to

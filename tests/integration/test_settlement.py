@@ -779,3 +779,18 @@ async def test_an_event_that_nobody_holds_takes_no_other_ones_place(world: World
     await world.touch_blocks(50, 50)
     told = await world.settle()
     assert told == (["operation.finalized"] if amount == "250" else ["operation.reverted", "operation.conflict"])
+
+
+async def test_a_conflict_waits_for_the_proof_of_its_event(world: World) -> None:
+    """The only endpoint may have altered an amount: its receipts say, and until then nobody is told."""
+    leg = world.leg(nonce=hexa(world.nonce()), amount="250")
+    await world.conn.execute("UPDATE indexer.chain SET proof = 'required'")
+    operation = await world.register(leg)
+    await world.event(100, leg, amount="1")
+    await world.heads(head=200, safe=150)
+    assert await world.settle() == []
+    proven = "UPDATE indexer.attestation SET proof = 'receipts_root', next_at = NULL WHERE number = 100 AND next_at IS NOT NULL RETURNING true"
+    assert await world.conn.fetchval(proven)
+    await world.touch_blocks(100, 100)
+    assert await world.settle() == ["operation.conflict"]
+    assert await world.state(operation) == "conflict"
