@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 import msgspec
+import structlog
 from rich.console import Console
 from rich.table import Table
 
@@ -51,6 +52,9 @@ def main() -> None:
     asked = parser.parse_args()
     if unknown := set(asked.names) - set(BENCHES):
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join(BENCHES)}")
+    structlog.configure(
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr)
+    )  # the product's log is no part of the report
     report: dict[str, Any] = {"machine": machine(), "scale": asked.scale}
     console = Console()
     if not asked.json:
