@@ -33,3 +33,11 @@ def test_planted_bugs_are_noticed() -> None:
     assert done.returncode == 0 and done.stdout.count("caught by seed 1") == 3, (
         done.stdout[-3000:] + done.stderr[-2000:]
     )
+
+
+def test_faults_that_are_struck_alone_move_their_metrics() -> None:
+    """Two of make simulate-faults: a refusal, and a trouble of the chain itself."""
+    faults = ["F60 rate limited", "F13 replaced at the same height"]
+    command = [sys.executable, "-m", "tests.simulation.seeded", "--jobs", "1", "--tries", "4", "--faults", *faults]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0 and done.stdout.count(" → ") == len(faults), done.stdout[-3000:] + done.stderr[-2000:]
