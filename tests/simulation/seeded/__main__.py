@@ -179,6 +179,9 @@ async def _mutants(options: argparse.Namespace) -> int:
 async def _faults(options: argparse.Namespace) -> int:
     """Whether each seeded fault, struck alone, moves the metric that docs/faults.md names for it; and the oracle holds."""
     names = [name for name in options.faults or alone.names() if fault_table.shown().get(name)]
+    if unknown := set(options.faults) - set(names):
+        print(f"docs/faults.md names no metric that these move: {', '.join(sorted(unknown))}")
+        return 2
     waiting, unmoved, began = list(reversed(names)), list[str](), time.monotonic()
     undisturbed: dict[tuple[object, int], asyncio.Task[Verdict]] = {}
 
