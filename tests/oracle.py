@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -201,9 +201,11 @@ def judge_deliveries(
     most_attempts: int,
     cut_off: int = 0,
     dead_allowed: bool,
+    taken: Collection[UUID] | None = None,
 ) -> list[str]:
     """One endpoint at rest, against what arrived there. `taken_back`: by when a signal's supersession had surely committed;
-    `cut_off`: how often a dispatcher may have died in the middle of an attempt, which is then made once more.
+    `cut_off`: how often a dispatcher may have died in the middle of an attempt, which is then made once more; `taken`: what was
+    answered with success, where that is known.
     """
     wrong: list[str] = []
     for one in deliveries:
@@ -212,6 +214,8 @@ def judge_deliveries(
             wrong.append(f"{name} is still waiting")
         if one.state == "delivered" and one.signal not in received:
             wrong.append(f"{name} counts as delivered, and never arrived")
+        elif one.state == "delivered" and taken is not None and one.signal not in taken:
+            wrong.append(f"{name} counts as delivered, and was refused each time")
         if one.state in ("superseded", "dropped") and one.last_begun is None and one.signal in received:
             wrong.append(f"{name} was {one.state} without an attempt, and arrived")
         if one.state == "dropped" and STATUS_OF.get(one.type) not in ("submitted", "confirming"):
@@ -352,6 +356,33 @@ def _deep_enough(demand: Demand, event: Event, moment: Moment) -> bool:
     ]
 
 
+# --------------------------------------------------------------------------- expired
+
+
+@dataclass(frozen=True)
+class Expiry:
+    """An `expired` or `incomplete` as it was told: `until` is the last second in which a leg without evidence could be executed."""
+
+    reference: str
+    at: float
+    until: int | None
+
+
+def judge_expired(told: Sequence[Expiry], truth: Sequence[Moment], time_ms: Callable[[int], int]) -> list[str]:
+    """Promise 6: finalized blocks had passed the deadline before it was told. `time_ms`: of a block. Moments are in order of time."""
+    wrong = []
+    for expiry in told:
+        finalized = max((moment.finalized_number for moment in truth if moment.at <= expiry.at), default=0)
+        if expiry.until is None:
+            wrong.append(f"{expiry.reference} has expired, and had no deadline")
+        elif time_ms(finalized) < (expiry.until + 1) * 1000:
+            early = expiry.until + 1 - time_ms(finalized) / 1000
+            wrong.append(
+                f"{expiry.reference} has expired {early:.1f} s before finalized blocks had passed its deadline"
+            )
+    return wrong
+
+
 # --------------------------------------------------------------------------- facts
 
 FactKey = tuple[str, bytes, int, int]  # table, block hash, log index, item of a batch
@@ -423,8 +454,12 @@ async def read_states(conn: asyncpg.Connection, brand: str | None = None) -> dic
 
 
 async def judge_database(conn: asyncpg.Connection) -> list[str]:
-    """The traces and numbers of a whole database, and its claims: each on evidence that is there, as it stands there."""
-    wrong = judge_signals(await read_signals(conn), await read_finals(conn))
+    """The traces and numbers of a whole database, and its claims."""
+    return judge_signals(await read_signals(conn), await read_finals(conn)) + await judge_claims(conn)
+
+
+async def judge_claims(conn: asyncpg.Connection) -> list[str]:
+    """Each on evidence that is there, as it stands there: this needs no truth, and no finality."""
     strays = await conn.fetch(
         """
         SELECT c.operation_id, c.leg FROM indexer.claim c WHERE NOT EXISTS (
@@ -435,9 +470,7 @@ async def judge_database(conn: asyncpg.Connection) -> list[str]:
             AND t.status IN ('included', 'succeeded'))
         """
     )
-    return wrong + [
-        f"operation {row['operation_id']}, leg {row['leg']}: claims evidence that is gone" for row in strays
-    ]
+    return [f"operation {row['operation_id']}, leg {row['leg']}: claims evidence that is gone" for row in strays]
 
 
 _TABLES = {

@@ -21,6 +21,7 @@ from tests.oracle import (
     Delivery,
     Demand,
     Event,
+    Expiry,
     Facts,
     Final,
     Handed,
@@ -28,6 +29,7 @@ from tests.oracle import (
     Ready,
     Told,
     judge_deliveries,
+    judge_expired,
     judge_facts,
     judge_ready,
     judge_received,
@@ -225,6 +227,20 @@ def test_what_a_dispatcher_says_is_held_against_what_arrived() -> None:
     assert "without an attempt" in wrong(superseded, id, at=11)
     assert wrong(replace(superseded, begun=(10.0,), last_begun=10.0), id, at=11) == ""
     assert "after it was taken back" in wrong(replace(superseded, begun=(12.0,), last_begun=12.0), id, at=11)
+    refused = judge_deliveries([DELIVERED], [id], {}, most_attempts=3, dead_allowed=False, taken=())
+    assert "refused each time" in "; ".join(refused)
+    assert not judge_deliveries([DELIVERED], [id], {}, most_attempts=3, dead_allowed=False, taken=[id])
+
+
+def test_expired_only_after_finalized_blocks_have_passed_the_deadline() -> None:
+    truth = [moment(10.0, finalized=50), moment(20.0, finalized=101)]
+
+    def wrong(at: float, until: int | None) -> str:  # block n is of second n
+        return "; ".join(judge_expired([Expiry("order-1", at, until)], truth, lambda number: 1000 * number))
+
+    assert wrong(20.0, 100) == "" == wrong(15.0, 49)
+    assert "51.0 s before" in wrong(15.0, 100)
+    assert "had no deadline" in wrong(20.0, None)
 
 
 def test_who_follows_the_receivers_rule_goes_by_the_highest_number() -> None:

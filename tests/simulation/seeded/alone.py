@@ -17,6 +17,7 @@ from tests.receiver import Received
 from tests.simulation.seeded import faults
 from tests.simulation.seeded.partners import Partners
 from tests.simulation.seeded.story import Tx
+from tests.simulation.seeded.temper import CALM, Temper
 from tests.simulation.seeded.world import World
 
 RARE = 0.1  # of records that are gone for ever: where all are gone, an empty list is not believed
@@ -56,6 +57,9 @@ class Alone(World):
             self.endpoints = 3
         self.partners = Partners(self) if about in faults.OF_PARTNERS else None
         self.due = 0  # accidents at statements that wait for one
+
+    def temperament(self, seed: int) -> Temper:
+        return CALM
 
     def troubles(self, until: float) -> list[Coroutine[Any, Any, None]]:
         self.sick_receiver = self.slow_receiver = 0.0

@@ -257,7 +257,7 @@ OF_THE_CHAIN: Mapping[str, int] = {
     "F12 a shorter chain": 2,
     "F09 two reorganisations": 2,
     "F14 the chain halts": 1,
-    "F15d created and used in one block": 2,
+    "F15d created and used in one block": 4,
     "F13 replaced at the same height": 2,
 }
 
@@ -290,10 +290,12 @@ async def sicken(world: World, until: float) -> None:
     rng = world.illness
     several = len(world.nodes) > 1
     names = [*ALONE, *BY_HAND, *(AMONG_OTHERS if several else ())]
+    if world.liar is not None:  # one lies at a time: the others only fail
+        names = [name for name in names if name[:2] in ("F6", "F8") or name[:3] in ("F75", "F77")]
     pause = rng.choice([2.0, 5.0, 12.0]) / world.chaos
     while world.loop.now < until:
         await asyncio.sleep(rng.expovariate(1 / pause))
-        node, name = rng.choice(world.nodes), rng.choice(names)
+        node, name = rng.choice([node for node in world.nodes if node is not world.liar]), rng.choice(names)
         await inflict(world, node, name)
 
 
@@ -317,6 +319,85 @@ async def inflict(world: World, node: FakeNode, name: str) -> None:
         (ALONE.get(name) or AMONG_OTHERS[name])(node, rng)
         await asyncio.sleep(rng.choice([0.3, 2.0, 8.0]))
         await recover(world, node)
+
+
+# --------------------------------------------------------------------------- one that lies all along
+
+
+def _one_in_three(log: dict[str, Any]) -> bool:
+    """The same logs each time."""
+    return int(log["blockHash"][-4:], 16) % 3 == 0
+
+
+def _withholds(node: FakeNode) -> None:
+    node.lie("eth_getLogs", lambda _, logs: [log for log in logs if not _one_in_three(log)], times=None)
+
+
+def _forged(log: dict[str, Any]) -> dict[str, Any]:
+    """A movement with another holder: the receipts' root does not know of it."""
+    if not _one_in_three(log) or len(log["data"]) < 2 + 64 * 5:
+        return log
+    return log | {"data": log["data"][: 2 + 64 + 24] + "99" * 20 + log["data"][2 + 64 * 2 :]}
+
+
+def _forges(node: FakeNode) -> None:
+    node.lie("eth_getLogs", lambda _, logs: [_forged(log) for log in logs], times=None)
+    node.lie(
+        "eth_getBlockReceipts",
+        lambda _, found: found and [each | {"logs": [_forged(log) for log in each["logs"]]} for each in found],
+        times=None,
+    )
+
+
+def _promises(node: FakeNode) -> None:
+    """Its safe and finalized blocks are its latest."""
+    node.lie(
+        "eth_getBlockByNumber",
+        lambda _, __: node.chain.header(node.chain.canonical[node.head]),
+        times=None,
+        when=lambda params: params[0] in ("safe", "finalized"),
+    )
+
+
+async def deceive(world: World, name: str, until: float) -> None:
+    """One node of several lies in one way as long as the story lasts: by itself, whatever it says, it moves nothing."""
+    rng = random.Random(f"liar {world.seed}")
+    node = world.liar = world.nodes[0] if rng.random() < 0.6 else rng.choice(world.nodes)
+    world.strike(name)
+    world.loop.note("lies all along", name, node.port)
+    if name.startswith("F22"):
+        _promises(node)
+    elif name.startswith("F33"):
+        _withholds(node)
+    elif name.startswith("F40"):
+        _forges(node)
+    elif name.startswith("F01"):
+        node.lag = rng.choice([3, 15, 60])
+    while name.startswith("F05") and world.loop.now < until:
+        await asyncio.sleep(rng.choice([1.0, 3.0, 6.0]))
+        if _dreams(world, node, rng):
+            await asyncio.sleep(rng.choice([1.0, 4.0, 9.0]))
+            node.move_to(world.story.chain)
+
+
+def _dreams(world: World, node: FakeNode, rng: random.Random) -> bool:
+    """A branch of its own, on which has happened what somebody waits for."""
+    fork = node.chain.fork()
+    deepest = world.story.depth_of_an_event(rng)
+    depth = min(rng.choice([0, 0, 0, deepest, deepest]), fork.head.number - (fork.finalized or 0) - 1)
+    if depth < 0:
+        return False
+    blocks: list[list[Any]] = [[] for _ in range(depth + rng.choice([1, 3, 30]))]
+    for log in world.story.wishes():
+        rng.choice(blocks).append(log)
+    fork._cut(len(fork.canonical) - depth)
+    fork._salt += rng.randrange(1_000_000)
+    for logs in blocks:
+        fork.mine(logs)
+    fork.safe = min(fork.safe or 0, fork.head.number - len(blocks))
+    node.move_to(fork)
+    node.repeat_head()
+    return True
 
 
 async def recover(world: World, node: FakeNode) -> None:

@@ -19,6 +19,7 @@ from tests.fake_node import Block, FakeChain, TxSpec
 from tests.following import FACTORY, FACTORY2, ISSUER, created, issued, loyalty_id, noise, token_of, transferred
 from tests.oracle import Demand, Event, Facts, Moment
 from tests.simulation.seeded.loop import EPOCH, VirtualLoop
+from tests.simulation.seeded.temper import Temper
 from tests.truth import Contracts, _announced, _load_events, facts_of
 
 CHAIN_ID = 84532
@@ -94,8 +95,8 @@ class Expected:
 class Story:
     """The chain lives by the virtual clock. `calm` ends everything that would disturb the end."""
 
-    def __init__(self, loop: VirtualLoop, seed: int) -> None:
-        self.loop, self.rng = loop, random.Random(f"story {seed}")
+    def __init__(self, loop: VirtualLoop, seed: int, temper: Temper) -> None:
+        self.loop, self.rng, self.temper = loop, random.Random(f"story {seed}"), temper
         rng = self.rng
         self.past = 20 + 5 * rng.choice([4, 20, 60])
         self.chain = FakeChain(
@@ -104,13 +105,17 @@ class Story:
         self.demand = rng.choice(
             [Demand("included"), Demand("confirmed", 3.0), Demand("safe"), Demand("safe"), Demand("finalized")]
         )
+        if temper.restless and self.demand.confidence == "finalized":  # nothing could be undone
+            self.demand = Demand("included")
         self.safe_lag, self.finalized_lag = rng.randint(10, 40), rng.randint(60, 200)
+        self.finality_stands = temper.slow_finality
         self.operations: list[Expected] = []
         self.moments: list[Moment] = []
         self.events: dict[tuple[bytes, int], Event] = {}
         self.by_block: dict[bytes, dict[tuple[bytes, int], Event]] = {}
         self.txs: dict[bytes, list[Tx]] = {}  # by block hash
         self.waiting: list[tuple[float, Tx]] = []  # not before (virtual seconds)
+        self.signed: list[Action] = []
         self.nonces = iter(range(1, 1_000_000))
         self.holders = [bytes([0x40 + i]) * 20 for i in range(3)]
         self.halted = False
@@ -150,7 +155,8 @@ class Story:
             "holder": rng.choice(self.holders),
             "redeem": rng.random() < 0.5,
         }
-        return Action(**{**fields, **given})
+        self.signed.append(Action(**{**fields, **given}))
+        return self.signed[-1]
 
     def lookalike(self) -> Any:
         """What somebody else says in our words: another factory, or a stranger, about a nonce of ours."""
@@ -247,7 +253,7 @@ class Story:
     def raise_tags(self) -> None:
         head = self.chain.head.number
         self.chain.safe = max(self.chain.safe or 0, head - self.safe_lag)
-        if self.rng.random() < 0.6:
+        if self.rng.random() < 0.6 and not self.finality_stands:
             self.chain.finalized = min(self.chain.safe, max(self.chain.finalized or 0, head - self.finalized_lag))
 
     def reorganise(self, depth: int, grow: int = 0, *, again: float = 0.75) -> None:
@@ -273,11 +279,29 @@ class Story:
                 (rng.choice(blocks) if blocks and rng.random() < 0.8 else blocks_later(self)).append(tx)
             elif fate < again + 0.1 and blocks:
                 rng.choice(blocks).append(Tx([], tx.deadline))  # included, and reverted
-        for txs in blocks:
+        told, self.chain.followers = self.chain.followers, [] if self.temper.terse else self.chain.followers
+        for place, txs in enumerate(blocks):
             rng.shuffle(txs)
+            if place == len(blocks) - 1:
+                self.chain.followers = told
             self.mine(txs)
+        self.chain.followers = told
         self.loop.note("reorganised", depth, grow)
         self.remember()
+
+    def wishes(self) -> list[Any]:
+        """Logs that would settle what nothing on the chain settles, for somebody to dream of."""
+        there = {event.terms["nonce"] for event in self.events.values()}
+        return [action.log() for action in self.signed[-12:] if hexa(action.nonce.to_bytes(32, "big")) not in there][
+            -4:
+        ]
+
+    def depth_of_an_event(self, rng: random.Random | None = None) -> int:
+        """How deep a reorganisation must be to begin with a block that holds a movement, the newest one or any; 0 where there
+        is none to undo."""
+        floor = self.chain.finalized or 0
+        found = [event.block_number for event in self.events.values() if event.block_number > floor + 1]
+        return self.chain.head.number - (rng.choice(found) if rng else max(found)) + 1 if found else 0
 
     def _forget(self, block: Block) -> None:
         if block.hash in self.by_block:
@@ -317,7 +341,13 @@ class Story:
         return facts_of(logs, EVENTS, CONTRACTS, _announced(logs, EVENTS, CONTRACTS))
 
     def expected(self, operation: Expected) -> set[str]:
-        """The states that the final truth allows, when all of it is finalized."""
+        """The states that the truth allows at rest, when all of it is safe: what is not finalized may stay undecided."""
+        states = self._expected(operation)
+        if self.finality_stands and not states & {"ready", "fulfilled"}:
+            states |= {"reverted"}  # what it rested on may come back
+        return states
+
+    def _expected(self, operation: Expected) -> set[str]:
         settled = conflict = 0
         dead = False
         now = self.chain.time_ms(self.chain.finalized or 0) // 1000
@@ -333,8 +363,10 @@ class Story:
             equal = [
                 event for event in found if all(event.terms.get(k) == v for k, v in leg.items() if k in event.terms)
             ]
+            if "match" in leg and bool(equal) and len(self.twins_of(leg)) > len(equal):
+                return {"ready", "fulfilled", "pending", "reverted"}  # one of several: `judge_twins` counts them
             settled += bool(equal)
-            conflict += bool(found) and not equal
+            conflict += bool(found) and not equal and "match" not in leg
             dead |= not found and leg["deadline"] != "0" and int(leg["deadline"]) < now
         if conflict:  # a leg by hash that is closed already has no conflict any more (rule 3)
             return (
@@ -347,6 +379,31 @@ class Story:
         if settled:
             return {"incomplete"} if dead else {"reverted"} if operation.receipts else {"confirming"}
         return {"expired"} if dead else {"reverted"} if operation.receipts else {"pending"}
+
+    def twins_of(self, leg: dict[str, Any]) -> list[Expected]:
+        """The operations of one leg that wait for the same as this one, by wallet and amount."""
+        terms = ("kind", "holder", "loyaltyId", "amount", "match")
+        return [
+            each
+            for each in self.operations
+            if len(each.legs) == 1 and all(each.legs[0].get(term) == leg.get(term) for term in terms)
+        ]
+
+    def judge_twins(self, states: dict[str, str]) -> list[str]:
+        """Of those that only wallet, amount and time tell, as many are settled as there are movements."""
+        wrong = []
+        for operation in self.operations:
+            leg = operation.legs[0]
+            twins = self.twins_of(leg) if "match" in leg else []
+            if len(twins) < 2 or twins[0] is not operation:
+                continue
+            found = [
+                e for e in self.events.values() if all(e.terms.get(k) == v for k, v in leg.items() if k in e.terms)
+            ]
+            settled = [each.reference for each in twins if states.get(each.reference) in ("ready", "fulfilled")]
+            if len(settled) != min(len(found), len(twins)):
+                wrong.append(f"{len(found)} movements for {[each.reference for each in twins]} settle {settled}")
+        return wrong
 
 
 def _logs_of(tx: Tx) -> list[Any]:

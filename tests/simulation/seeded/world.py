@@ -11,7 +11,7 @@ import base64
 import random
 import signal
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +47,7 @@ from tests.simulation.seeded.story import (
     rfc3339,
     transferred,
 )
+from tests.simulation.seeded.temper import Temper, temper_of
 
 SECRET = "whsec_" + base64.b64encode(b"a secret of the simulation's").decode()
 ACTIVE = (30.0, 70.0)  # virtual seconds of trouble
@@ -78,7 +79,8 @@ class World:
         self.loop, self.seed, self.url = loop, seed, url
         self.rng = random.Random(f"world {seed}")
         self.illness = random.Random(f"nodes {seed}")
-        self.story = Story(loop, seed)
+        self.temper = self.temperament(seed)
+        self.story = Story(loop, seed, self.temper)
         self.network = loop.network = Network(
             loop, seed, slow=self.rng.choice([0.1, 0.3, 0.6]), latency=self.rng.choice([0.002, 0.02, 0.1])
         )
@@ -88,17 +90,24 @@ class World:
         self.born = 0
         self.kills = self.statements = 0
         self.nodes: list[FakeNode] = []
+        self.liar: FakeNode | None = None
         self.receiver = Receiver(self.answer)
         self.database: Database
         self.config: Config
         self.sick_receiver = 0.0
         self.slow_receiver = 0.0
+        self.down = False  # the receiver, for a while
+        self.taken: set[UUID] = set()  # signals that were answered with success
+        self.duel = False  # the next leader that stores an event shall stand still
         self.calm = False
         self.polling = self.rng.random() < 0.4
         self.endpoints = self.rng.choice([1, 2, 3, 3])
         self.partners = Partners(self) if self.rng.random() < 0.5 else None
         self.sections: dict[str, Any] = {}
         self.handed: set[tuple[str, int]] = set()
+
+    def temperament(self, seed: int) -> Temper:
+        return temper_of(seed)
 
     def strike(self, name: str) -> None:
         """Counts one that happens; docs/faults.md knows it by this name."""
@@ -175,6 +184,8 @@ class World:
 
     async def answer(self, received: Received) -> web.StreamResponse | bytes | None:
         rng = self.rng
+        if self.down and not self.calm:
+            return await self.mistreat(received, "500")
         if not self.calm and rng.random() < self.slow_receiver:
             self.strike("F124 slow answer")
             await asyncio.sleep(rng.choice([0.5, 5.0, 9.0]))
@@ -182,6 +193,7 @@ class World:
         if lost:
             return await self.mistreat(received, rng.choice(["F120", "F122", "F123", "F125", "500", "drop"]))
         self.take(received)
+        self.taken.add(received.id)
         return web.Response(status=204)
 
     async def mistreat(self, received: Received, what: str) -> web.Response | None:
@@ -196,6 +208,7 @@ class World:
             return web.Response(status=301, headers={"Location": "http://169.254.169.254/"})
         elif what == "F125":
             self.take(received)
+            self.taken.add(received.id)
             return web.Response(status=200, text='{"error": "no"}')
         elif what == "500":
             return web.Response(status=500)
@@ -203,7 +216,7 @@ class World:
 
     def take(self, received: Received) -> None:
         """The shop: hands over on `ready`, sooner or later, sometimes never."""
-        if received.type != "operation.ready" or self.rng.random() < 0.3:
+        if received.type != "operation.ready" or self.rng.random() < (0.1 if self.temper.restless else 0.3):
             return
         data = received.json["data"]
         key = (data["operation"]["reference"], int(data["generation"]))
@@ -212,7 +225,7 @@ class World:
             self.loop.outside(self.fulfil(*key, data["operation"]["id"]), "fulfil")
 
     async def fulfil(self, reference: str, generation: int, operation: str) -> None:
-        await asyncio.sleep(self.rng.choice([0.0, 1.0, 10.0]))
+        await asyncio.sleep(self.rng.choice([0.0, 0.0, 1.0] if self.temper.restless else [0.0, 1.0, 10.0]))
         said = await self.tell("SELECT loyalty.fulfil($1, $2, $3)", UUID(operation), generation, {"by": "the shop"})
         if said is not None:
             for expected in self.story.operations:
@@ -242,6 +255,22 @@ class World:
         assert said is not None, request
         expected.id = said["id"]
         self.story.operations.append(expected)
+
+    async def twins(self, number: int) -> None:
+        """Two operations that only wallet, amount and time tell, and that are the same in all of it; or nearly."""
+        story, rng = self.story, self.rng
+        first = story.action(amount=3000 + number)
+        same = rng.random() < 0.6
+        second = story.action(
+            amount=first.amount if same else first.amount + 1,
+            programme=first.programme,
+            holder=first.holder,
+            redeem=first.redeem,
+        )
+        for place, action in enumerate((first, second)):
+            await self.register(f"op-{number}{'ab'[place]}", [action.terms() | {"match": "wallet_amount"}], None)
+        for action in rng.choice([(first,), (second,), (first, second), (second, first)]):
+            story.send(Tx(action.log(), 0, (action,)), rng.choice([0.0, 2.0, 6.0]))
 
     async def trade(self, number: int) -> None:
         """One operation: signed, registered, mined, in some order, with some accident."""
@@ -289,17 +318,35 @@ class World:
 
     async def commerce(self, until: float) -> None:
         for number in range(1, self.rng.randint(8, 22)):
-            self.loop.outside(self.trade(number), f"trade {number}")
+            trade = self.twins if self.rng.random() < 0.12 else self.trade
+            self.loop.outside(trade(number), f"trade {number}")
+            if self.rng.random() < 0.15:  # what nobody waits for
+                self.story.send(Tx(self.story.action().log()), self.rng.choice([0.0, 5.0]))
             await asyncio.sleep(self.rng.expovariate(1 / 2.5))
+            if self.temper.young:
+                await self.shake("F15d created and used in one block")
             if self.loop.now > until:
                 return
 
     async def unrest(self, until: float) -> None:
         """The chain's own troubles."""
-        rng = self.rng
+        rng, restless = self.rng, self.temper.restless
         while self.loop.now < until:
-            await asyncio.sleep(rng.expovariate(1 / 6.0))
-            await self.shake(rng.choices(list(faults.OF_THE_CHAIN), list(faults.OF_THE_CHAIN.values()))[0])
+            await asyncio.sleep(rng.expovariate(1 / (4.0 if restless else 6.0)))
+            if rng.random() < (0.5 if restless else 0.15):
+                self.undo()
+            else:
+                await self.shake(rng.choices(list(faults.OF_THE_CHAIN), list(faults.OF_THE_CHAIN.values()))[0])
+
+    def undo(self) -> None:
+        """A reorganisation that takes something back: from the very block of an event on, or deeper than what is safe."""
+        story, rng = self.story, self.rng
+        depth = (
+            story.depth_of_an_event(story.rng) if rng.random() < 0.6 else int(story.safe_lag * rng.choice([1.2, 2, 3]))
+        )
+        if depth:
+            self.strike(f"F06 reorganisation, {'ten' if depth < 30 else 'deep'}")
+            story.reorganise(depth, rng.choice([0, 1, 3]), again=rng.choice([0.5, 0.95]))
 
     async def shake(self, name: str) -> None:
         """One of the chain's troubles, from its beginning to its end."""
@@ -325,8 +372,8 @@ class World:
                 n = story.programmes
                 log = story.action(programme=n).log()
                 story.send(Tx(rng.choice([[transferred(n), created(n), log], [created(n), transferred(n)]])))
-                if rng.random() < 0.5:
-                    story.send(Tx(transferred(n)), 1.0)
+                for _ in range(rng.choice([0, 3, 6])):
+                    story.send(Tx(transferred(n)), rng.uniform(0.3, 5.0))
                 story.send(Tx(story.lookalike()), rng.choice([0.0, 4.0]))
             case _:
                 depth = {"one": 1, "two": 2, "ten": 10, "deep": 130}[name.rpartition(" ")[2]]
@@ -383,6 +430,20 @@ class World:
             case _:
                 raise AssertionError(name)
 
+    async def outages(self, until: float) -> None:
+        """The receiver is down, for less time than attempts are made."""
+        while self.loop.now < until:
+            await asyncio.sleep(self.rng.expovariate(1 / 8.0))
+            self.down = True
+            await asyncio.sleep(self.rng.choice([5.0, 15.0, 30.0]))
+            self.down = False
+
+    async def duels(self, until: float) -> None:
+        """Now and then, the next follower that stores an event stands still in the middle of it, or dies."""
+        while self.loop.now < until:
+            await asyncio.sleep(self.rng.expovariate(1 / 4.0))
+            self.duel = True
+
     def _later(self, seconds: float, act: Any) -> None:
         async def later() -> None:
             await asyncio.sleep(seconds)
@@ -408,6 +469,16 @@ class World:
             self.strike("F90 killed in a transaction")
             self.loop.note("dies at", sql)
             return self._dies(link, after=self.crash_at % 2 == 1)
+        if (
+            self.duel
+            and link.application.startswith("indexer:follow")
+            and sql.startswith("INSERT INTO indexer.movement")
+        ):
+            self.duel = False
+            if rng.random() < 0.3:
+                return self.at_statement(link, "F90 killed in a transaction")
+            self.loop.call_soon(self._stands_still, link)
+            return None
         name = self.accident(sql, rng.random() / self.chaos, in_transaction=link.status == "T")
         return None if name is None else self.at_statement(link, name)
 
@@ -460,6 +531,23 @@ class World:
                 self.start()
             self._later(self.rng.choice([1.0, 8.0, 40.0]), process.thaw)
 
+    def _stands_still(self, link: Link) -> None:
+        """With an event half stored, while another takes over and the event's block is undone; then it goes on."""
+        process, task = link.process, link.application.removeprefix("indexer:")
+        if process not in self.processes or not process.runs:
+            return
+        self.strike("F94 frozen in a transaction")
+        self.strike("F94 a lease lapses")
+        process.freeze()
+        if len(self.processes) < 3:  # one that is new asks at once
+            self.start()
+        self.server.set_clock()
+        self.server.ask(
+            f"UPDATE indexer.lease SET until = clock_timestamp() - interval '1 second' WHERE task = '{task}'"
+        )
+        self._later(0.3, lambda: self.story.reorganise(self.story.depth_of_an_event() + 8, 2, again=0.4))
+        self._later(self.rng.choice([1.0, 2.0, 4.0]), process.thaw)
+
     def _dies(self, link: Link, *, after: bool) -> str:
         process = link.process
         assert process is not None
@@ -507,6 +595,12 @@ class World:
         troubles = [self.commerce(until), self.unrest(until)]
         if self.rng.random() < 0.75 and self.crash_at is None:
             troubles.append(self.misfortune(until))
+        if self.temper.duels and self.crash_at is None:
+            troubles.append(self.duels(until))
+        if self.temper.outages:
+            troubles.append(self.outages(until))
+        if self.temper.liar is not None and len(self.nodes) > 1:
+            troubles.append(faults.deceive(self, self.temper.liar, until))
         if self.rng.random() < 0.75:
             troubles.append(faults.sicken(self, until))
         if self.partners:
@@ -533,17 +627,37 @@ class World:
             await asyncio.sleep(1.0)
         deadline = max((int(leg["deadline"]) for each in story.operations for leg in each.legs), default=0)
         await asyncio.sleep(max(0.0, deadline + 2 - self.loop.wall))
-        began, wrong = self.loop.now, ["never judged"]
+        wrong: list[str] = []
+        if story.finality_stands and story.demand.confidence != "finalized":
+            # to be right takes no finality, but where only a look at finalized blocks puts a lie right
+            wrong = await self.settle(self.judge_claims if self.lied_to else self.judge)
+        story.finality_stands = False
+        wrong = wrong or await self.settle(self.judge)
+        return [*wrong, await self.situation()] if wrong else []
+
+    @property
+    def lied_to(self) -> bool:
+        """Whether there may be something that only a look at finalized blocks puts right."""
+        return self.liar is not None or any(name[:2] in ("F3", "F4", "F5", "F7") for name in self.struck)
+
+    async def judge_claims(self) -> list[str]:
+        async with self.database.pool.acquire() as conn:
+            return await oracle.judge_claims(conn)
+
+    async def settle(self, judge: Callable[[], Awaitable[list[str]]]) -> list[str]:
+        """Blocks in bursts, so that endpoints stay alive and seeds cheap, until all is as it must be: what is not, after a while."""
+        story, began, wrong = self.story, self.loop.now, ["never judged"]
         while wrong and self.loop.now < began + self.quiet:
-            # blocks in bursts, so that endpoints stay alive and seeds cheap; all of them final
             story.halted = False
             await asyncio.sleep(0.5)
             story.halted = True
-            story.chain.safe = story.chain.finalized = story.chain.head.number
+            story.chain.safe = story.chain.head.number
+            if not story.finality_stands:
+                story.chain.finalized = story.chain.safe
             story.remember()
             await asyncio.sleep(9.5)
-            wrong = await self.judge()
-        return [*wrong, await self.situation()] if wrong else []
+            wrong = await judge()
+        return wrong
 
     async def situation(self) -> str:
         """For people: where the chain and its tasks stand when a seed has failed."""
@@ -562,11 +676,13 @@ class World:
             expected = {each.reference: story.expected(each) for each in story.operations}
             if self.partners:
                 expected |= self.partners.expected()
-            wrong += oracle.judge_states(expected, await oracle.read_states(conn, BRAND))
+            states = await oracle.read_states(conn, BRAND)
+            wrong += oracle.judge_states(expected, states) + story.judge_twins(states)
             told, wrong_partners = await self._told_ready(conn)
             wrong += wrong_partners
             wrong += oracle.judge_ready(told, story.moments, grace=faults.GRACE)
             wrong += await self._judge_reverted(conn)
+            wrong += await self._judge_expired(conn)
             wrong += await self._judge_deliveries(conn)
             unnumbered = await conn.fetchval("SELECT count(*) FROM indexer.outbox WHERE sequence IS NULL")
             if unnumbered:
@@ -620,13 +736,32 @@ class World:
                 wrong.append(f"{data['operation']['reference']} was taken back, and its evidence stood all the time")
         return wrong
 
+    async def _judge_expired(self, conn: asyncpg.Connection) -> list[str]:
+        rows = await conn.fetch(
+            "SELECT payload, extract(epoch FROM created_at)::float8 AS at FROM indexer.outbox"
+            " WHERE type IN ('operation.expired', 'operation.incomplete')"
+        )
+        told = []
+        for row in rows:
+            data = row["payload"]["data"]
+            if data["operation"]["reference"].startswith("partner"):
+                continue
+            settled = {found["leg"] for found in data["evidence"]}
+            ends = [
+                int(leg["deadline"])
+                for place, leg in enumerate(data["operation"]["legs"])
+                if place not in settled and leg["deadline"] != "0"
+            ]
+            told.append(oracle.Expiry(data["operation"]["reference"], round(row["at"], 6), min(ends, default=None)))
+        return oracle.judge_expired(told, self.story.moments, self.story.chain.time_ms)
+
     async def _judge_deliveries(self, conn: asyncpg.Connection) -> list[str]:
         known = {row["id"] for row in await conn.fetch("SELECT id FROM indexer.outbox")}
         requests = [each for each in self.receiver.requests if each.path == "/hook"]
         received = [(each.id, UUID(each.operation), each.sequence) for each in requests if each.operation]
         wrong = oracle.judge_received(received, known)
         taken_back = {
-            row["supersedes"]: row["at"] + faults.GRACE
+            row["supersedes"]: row["at"] + LEASE
             for row in await conn.fetch(
                 "SELECT supersedes, extract(epoch FROM created_at)::float8 AS at FROM indexer.outbox WHERE supersedes IS NOT NULL"
             )
@@ -638,6 +773,7 @@ class World:
             most_attempts=13,
             cut_off=100,
             dead_allowed=False,
+            taken=self.taken,
         )
         if self.receiver.overlaps > 0 and not self.struck["F94 frozen"]:
             wrong.append(f"{self.receiver.overlaps} times two attempts for one operation ran at once")
@@ -646,6 +782,9 @@ class World:
 
 def figures(world: World) -> dict[str, Any]:
     return {
+        "temper": world.temper.words,
+        "demand": world.story.demand.confidence,
+        "nodes": f"{world.endpoints}{'p' if world.polling else 's'}",
         "virtual_seconds": round(world.loop.now, 1),
         "steps": world.loop.steps,
         "round_trips": world.server.round_trips,
