@@ -301,8 +301,13 @@ async def test_a_search_follows_what_is_ready_and_never_history(world: World) ->
 
 @pytest.mark.parametrize(
     "doubt",
-    ["UPDATE indexer.chain SET latch = '{}'", "UPDATE indexer.chain SET head_at = now() - interval '1 minute'"],
-    ids=["latched", "not followed"],
+    [
+        "UPDATE indexer.chain SET latch = '{}'",
+        "UPDATE indexer.chain SET head_at = now() - interval '1 minute'",
+        "UPDATE indexer.chain SET linked_epoch = 1;"
+        "INSERT INTO indexer.lease (task, epoch) SELECT 'follow:' || chain_id, 1 FROM indexer.chain",
+    ],
+    ids=["latched", "not followed", "the follower gave its lease back"],
 )
 async def test_nothing_is_handed_out_of_a_chain_in_doubt(world: World, doubt: str) -> None:
     (operation,) = await ready(world, 100)
@@ -310,6 +315,7 @@ async def test_nothing_is_handed_out_of_a_chain_in_doubt(world: World, doubt: st
     assert await claim(world) == {}
     assert await world.conn.fetchval("SELECT count(*) FROM loyalty.pending_fulfilments") == 0
     await world.conn.execute("UPDATE indexer.chain SET latch = NULL, head_at = clock_timestamp()")
+    await world.conn.execute("UPDATE indexer.lease SET until = clock_timestamp() + interval '1 hour'")
     assert list(await claim(world)) == [operation]
 
 

@@ -719,14 +719,17 @@ async def test_a_hint_never_blocks_and_a_late_one_is_dropped(house: House) -> No
     [
         ("""latch = '{"ours": 1}', head_at = now() + interval '1 hour'""", "latch = NULL"),
         ("head_at = now() - interval '1 minute'", "head_at = now() + interval '1 hour'"),
+        ("head_at = now() + interval '1 hour', linked_epoch = 1", "linked_epoch = 2"),
     ],
-    ids=["finality violated", "no follower has looked"],
+    ids=["finality violated", "no follower has looked", "the follower gave its lease back"],
 )
 async def test_no_ready_is_sent_of_a_chain_in_doubt(house: House, doubt: str, settled: str) -> None:
     held, free = uuid4(), uuid4()
     pool = house.database.pool
     await pool.execute("INSERT INTO indexer.chain (chain_id, name) VALUES (8453, 'base')")
     await pool.execute(f"UPDATE indexer.chain SET {doubt}")
+    if "linked_epoch" in doubt:
+        await pool.execute("INSERT INTO indexer.lease (task, epoch) VALUES ('follow:8453', 1)")
     await pool.execute(
         "INSERT INTO indexer.operation (id, brand, reference, request, requested_at, requested_at_stated)"
         " VALUES ($1, 'bloom', 'r', '{}', now(), false)",
@@ -742,6 +745,10 @@ async def test_no_ready_is_sent_of_a_chain_in_doubt(house: House, doubt: str, se
         await house.send(stopped, sent)
         await house.settled(sent)
         assert (await house.states())[stopped.id] == "pending"
+        if "linked_epoch" in doubt:
+            await pool.execute(
+                "UPDATE indexer.lease SET epoch = 2, until = now() + '1 hour' WHERE task = 'follow:8453'"
+            )
         await pool.execute(f"UPDATE indexer.chain SET {settled}")
         await house.settled(stopped)
     assert [request.id for request in house.receiver.requests] == [sent.id, stopped.id]

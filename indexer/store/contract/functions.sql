@@ -103,7 +103,7 @@ $$;
 CREATE OR REPLACE FUNCTION indexer.is_live(c indexer.chain) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT coalesce(c.head_at > clock_timestamp() - interval '30 seconds', false)
-       AND l.epoch IS NOT DISTINCT FROM c.linked_epoch AND (l.task IS NULL OR l.until > clock_timestamp())
+       AND l.epoch IS NOT DISTINCT FROM c.linked_epoch AND (l.task IS NULL OR coalesce(l.until > clock_timestamp(), false))
     FROM (SELECT 1) AS one LEFT JOIN indexer.lease l ON l.task = 'follow:' || c.chain_id
 $$;
 
@@ -120,7 +120,7 @@ CREATE OR REPLACE VIEW indexer.in_doubt AS
     LEFT JOIN indexer.lease t ON t.task = 'follow:' || c.chain_id
     WHERE c.latch IS NOT NULL
        OR NOT (coalesce(c.head_at > clock_timestamp() - interval '30 seconds', false)
-               AND t.epoch IS NOT DISTINCT FROM c.linked_epoch AND (t.task IS NULL OR t.until > clock_timestamp()));
+               AND t.epoch IS NOT DISTINCT FROM c.linked_epoch AND (t.task IS NULL OR coalesce(t.until > clock_timestamp(), false)));
 
 -- ------------------------------------------------------------------------------------------------ reading a request
 
