@@ -246,8 +246,7 @@ async def most_behind(world: World, chain: FakeChain, seconds: float) -> int:
     return most
 
 
-@MODES
-@pytest.mark.parametrize("trouble", ["hangs", "is slow"])
+@pytest.mark.parametrize(("socket", "trouble"), [(True, "hangs"), (False, "hangs"), (False, "is slow")])
 async def test_a_leader_that_does_not_answer_in_time_is_overtaken(
     database: Database, socket: bool, trouble: str
 ) -> None:
@@ -257,7 +256,6 @@ async def test_a_leader_that_does_not_answer_in_time_is_overtaken(
         async with world.running():
             await world.caught_up()
             await agree(world)
-            assert world.total("hedged_questions_total") == 0
             await most_behind(world, nodes[0].chain, 1.0)
             if trouble == "hangs":
                 nodes[0].hang("*", times=None)
@@ -265,7 +263,7 @@ async def test_a_leader_that_does_not_answer_in_time_is_overtaken(
                 nodes[0].delay("*", 8.0, times=None)
             reference = await world.register(1)
             nodes[0].mine([issued(1)])
-            assert await most_behind(world, nodes[0].chain, 4.0) <= 25
+            assert await most_behind(world, nodes[0].chain, 3.0) <= 20
             await world.reaches(reference, "ready", 5.0)
             reference, asked = await world.register(2), nodes[0].calls["eth_chainId"]
             nodes[0].mine([issued(2)])
@@ -273,7 +271,6 @@ async def test_a_leader_that_does_not_answer_in_time_is_overtaken(
             assert nodes[0].calls["eth_chainId"] == asked, "as the first witness, it would be waited for"
             name = f"127.0.0.1:{nodes[0].port}"
             assert world.sample("hedged_questions_total", chain="fake", endpoint=name, outcome="overtaken") >= 1
-            assert not (await endpoints(world))[name]["leads"]
             assert world.total("rpc_lies_total") == 0 and world.total("reorganisations_total") == 0
             nodes[0].heal()
             await world.intact()
