@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -45,6 +46,7 @@ Observe = Callable[[str, str, str, float | None], None]
 UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # the last for JSON nested too deeply
 Headers = tuple[str | None, str | None]  # Retry-After, Date
 
+_CODE: Final = re.compile(r"-?[0-9]{1,9}")  # where it comes as a string; Python refuses to read thousands of digits
 _LONGEST_QUIET: Final = 3600.0  # seconds; whatever a Retry-After says
 _RETRY_BASE: Final = 1.0  # seconds after the first rate limit without a Retry-After; doubles
 
@@ -357,7 +359,7 @@ class Transport:
                 return self._said(call, error_part, "", None, status, _retry_after(*headers))
             if isinstance(error_part, dict):
                 code = error_part.get("code")
-                if isinstance(code, str) and code.lstrip("-").isdigit():
+                if isinstance(code, str) and _CODE.fullmatch(code):
                     code = int(code)
                 data = error_part.get("data")
                 text = data if isinstance(data, str) else "" if data is None else msgspec.json.encode(data).decode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import json
 import shutil
 import ssl
 import subprocess
@@ -934,3 +935,14 @@ def test_the_fake_goes_from_a_branch_to_another_and_back() -> None:
     assert (chain.head.number, chain.loud) == (3, [1])
     chain.switch_to(theirs)
     assert (chain.head.number, chain.loud) == (2, [1])
+
+
+@pytest.mark.parametrize("code", ["9" * 5000, "\u00b2", "--5", "-32016"])
+async def test_a_code_that_is_no_number_is_an_error_like_another(code: str) -> None:
+    async with FakeNode() as node, Rpc(node.url, timeout=5) as rpc:
+        node.reply(
+            "eth_chainId", json.dumps({"id": 1, "error": {"code": code, "message": "over rate limit"}}), times=None
+        )
+        with pytest.raises(RpcError) as refused:
+            await rpc.chain_id()
+        assert refused.value.code == (-32016 if code == "-32016" else None)
