@@ -80,10 +80,11 @@ async def follow(
                 if clock() >= tags_due:
                     await position.look_at_tags()
                     tags_due = clock() + chain.tags_seconds
-                wait = 0.0 if follower.behind else min(chain.poll_seconds, max(0.0, tags_due - clock()))
+                busy = follower.behind(follower.listens(feed, failures))
+                wait = 0.0 if busy else min(chain.poll_seconds, max(0.0, tags_due - clock()))
                 follower.announced(await feed.next(GROUP, wait))
                 before = position.cursor
-                if feed.live and failures < DISTRUST and not follower.misled:
+                if follower.listens(feed, failures):
                     await follower.advance()
                 else:
                     await follower.poll()
@@ -142,12 +143,13 @@ class _Follower:
         ours, lead = self._position.cursor_time_s, self._source.lead.time_s
         return self._strange >= DISTRUST or (ours is not None and lead - ours > LAG)
 
-    @property
-    def behind(self) -> bool:
-        """Whether there is work that waits for nothing."""
-        return (
-            bool(self._heads) or self._owed or self._latest is None or self._latest - self._position.cursor.number > FAR
-        )
+    def listens(self, feed: HeadFeed, failures: int) -> bool:
+        """Whether the next step is made of what the socket tells, and not by polling."""
+        return feed.live and failures < DISTRUST and not self.misled
+
+    def behind(self, listening: bool) -> bool:
+        """Whether there is work that waits for nothing. Who listens waits for a head: what polls left undone is a gap before it."""
+        return bool(self._heads) or (not listening and (self._owed or self._far()))
 
     # --------------------------------------------------------------------- every header
 
