@@ -61,7 +61,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _m("safe_survives_rollback", "indexer.store.facts:_unconfirm", ("AND c.safe_number > $2", "AND c.safe_number < 0")),
     _m("lookalikes_believed", "indexer.chain.decode:_foreign", (
         'return "foreign_programme" if allowed is None else "foreign_factory"', "return None"), seeds=(20,)),
-    _m("depth_ignored", "indexer.model.confidence:level_of", ("return Level.INCLUDED", "return Level.FINALIZED")),
+    _m("depth_ignored", "indexer.model.confidence:level_of", ("return Level.INCLUDED", "return Level.FINALIZED"), seeds=(109,)),
     _m("alarms_forgotten", "indexer.store.operations:ring_alarms", ("    status = await", "    return 0\n    status = await"), seeds=(20,)),
     _m("expired_before_finality", "indexer.settlement.desk:Desk._expired", (
         "heads.finalized_time_ms < after_ms", "heads.head_time_ms < after_ms"),
@@ -80,7 +80,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _m("cancel_ignored", "indexer.settlement.desk:Desk.settle", ("cancelled=operation.cancelled, closed", "cancelled=False, closed"), seeds=(20,)),
     _m("terms_not_compared", "indexer.model.matching:_Table.by_nonce", (
         "if differences := leg.differences(movement):", "if differences := ():"), seeds=(20,)),
-    _m("generation_dropped", "indexer.model.signal:signal_id", ('f"{generation}:{kind}:"', 'f"{kind}:"')),
+    _m("generation_dropped", "indexer.model.signal:signal_id", ('f"{generation}:{kind}:"', 'f"{kind}:"'), seeds=(131,)),
     _m("reverted_untold", "indexer.settlement.desk:Desk._enter", (
         'kind, supersedes, cause = signals.REVERTED, operation.standing_signal,', 'kind, supersedes, cause = None, operation.standing_signal,'), seeds=(6,)),
     _m("restored_as_ready", "indexer.settlement.desk:Desk._enter", (
@@ -100,7 +100,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ), also=(
         ("indexer.store.leases:_END_SESSIONS", "a.pid = s.pid AND", "a.pid = s.pid AND false AND"),
         ("indexer.store.leases:Leases.acquire", "int(self.ttl * 400)", "int(self.ttl * 40000)"),
-    )),
+    ), seeds=(136,)),
 )  # fmt: skip
 
 
