@@ -554,6 +554,24 @@ async def test_a_chain_off_its_schedule_is_refused(database: Database) -> None:
                 await asyncio.wait_for(asyncio.shield(task), 10)
 
 
+async def test_a_hash_that_is_unknown_right_after_it_was_announced(database: Database) -> None:
+    """F52: the socket is ahead of what answers behind the same name, for the receipts of the new block and for a new branch."""
+    async with FakeNode() as node:
+        node.mine([created(1)], 3)
+        node.mine(blocks=4)
+        async with following(database, node):
+            await caught_up(database, node)
+            await by_socket(database, node)
+            unknown = [node.lie(f"eth_getBlock{what}", lambda *_: None, times=2) for what in ("Receipts", "ByHash")]
+            node.mine([issued(1)])
+            await caught_up(database, node)
+            assert await stored(database) == truth(node.chain)
+            node.reorganise(3, [[issued(2)], [], [issued(3)], []])  # walked back by hash
+            await caught_up(database, node)
+            assert await stored(database) == truth(node.chain)
+            assert [fault.times for fault in unknown] == [0, 0], "somebody asked by hash, and heard of nothing"
+
+
 async def test_heads_are_committed_within_milliseconds(database: Database) -> None:
     async with FakeNode() as node:
         node.mine([created(1)], 3)
