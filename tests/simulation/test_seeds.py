@@ -20,8 +20,9 @@ def play(*arguments: str, expect: int = 0) -> list[tuple[int, str, str]]:
 
 
 def test_seeds_end_as_the_truth_says_and_twice_in_the_same_way() -> None:
-    played = play("--seed", "3", "--seed", "4", "--seed", "3")
-    assert [(seed, word) for seed, word, _ in played] == [(3, "ok"), (4, "ok"), (3, "ok")]
+    # short ones: by polling with a node that drops logs, by socket with one that forges them
+    played = play("--seed", "32", "--seed", "166", "--seed", "32")
+    assert [(seed, word) for seed, word, _ in played] == [(32, "ok"), (166, "ok"), (32, "ok")]
     assert played[0][2] == played[2][2] != played[1][2]
 
 
