@@ -20,6 +20,18 @@ from tests.fake_node import FakeChain, FakeNode, hx
 from tests.following import caught_up, eventually, issued, stored, truth
 from tests.simulation.test_pool import agree, endpoints, loyal, nodes_of, world_of
 from tests.simulation.test_proof import word_of
+from tests.simulation.world import World
+
+
+async def safe_event(world: World, node: FakeNode) -> str:
+    """An operation's reference, once its event was read in a block that is safe, with all endpoints agreed before it."""
+    await world.caught_up()
+    await agree(world)
+    reference = await world.register(1)
+    node.mine([issued(1)])
+    await world.caught_up()
+    await world.tags(safe=6, finalized=2)
+    return reference
 
 
 async def test_blocks_that_one_made_up_confirm_nothing(database: Database) -> None:
@@ -58,12 +70,7 @@ async def test_receipts_that_one_makes_unprovable_are_asked_elsewhere(database: 
         nodes[0].lie("eth_getBlockReceipts", strange, times=None)
         world = world_of(database, nodes, socket=socket, confidence="safe", second_look_seconds=3600.0)
         async with world.running():
-            await world.caught_up()
-            await agree(world)
-            reference = await world.register(1)
-            nodes[0].mine([issued(1)])
-            await world.caught_up()
-            await world.tags(safe=6, finalized=2)
+            reference = await safe_event(world, nodes[0])
             await world.reaches(reference, "ready", 20)
             (evidence,) = await world.evidence(reference)
             assert evidence["proof"] == "receipts_root"
@@ -135,12 +142,7 @@ async def test_odd_receipts_stop_nobody(database: Database, socket: bool, broken
         nodes[0].lie("eth_getBlockReceipts", lambda _, receipts: [each | broken for each in receipts], times=None)
         world = world_of(database, nodes, socket=socket, confidence="safe", second_look_seconds=3600.0)
         async with world.running():
-            await world.caught_up()
-            await agree(world)
-            reference = await world.register(1)
-            nodes[0].mine([issued(1)])
-            await world.caught_up()
-            await world.tags(safe=6, finalized=2)
+            reference = await safe_event(world, nodes[0])
             await world.reaches(reference, "ready", 20)
             assert world.supervisor is not None
             assert {name: task.problem for name, task in world.supervisor.tasks.items() if task.problem} == {}
@@ -158,12 +160,7 @@ async def test_a_second_reader_makes_up_an_event_with_the_nonce_of_a_settled_one
             return made_up + logs if made_up and low <= 4 <= high else logs
 
         async with world.running():
-            await world.caught_up()
-            await agree(world)
-            reference = await world.register(1)
-            nodes[0].mine([issued(1)])
-            await world.caught_up()
-            await world.tags(safe=6, finalized=2)
+            reference = await safe_event(world, nodes[0])
             await world.reaches(reference, "ready")
             true = msgspec.json.decode(chain.canonical[6].entries[0][2])
             made_up += [true | {"blockNumber": "0x4", "blockHash": "0x" + "ab" * 32}]
